@@ -1,0 +1,1 @@
+"""The serving core: requests in, streamed tokens out. Import from the modules; this file stays empty."""
