@@ -1,0 +1,1 @@
+"""Image preprocessing and encoder calls, one file per visual runner family; `base.load_visual_runner` picks one."""
