@@ -1,0 +1,1 @@
+"""From an ONNX directory to an engine directory, one file per backend."""

@@ -1,0 +1,74 @@
+"""Directories that appear whole or not at all, JSON, and checksums."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from edgellm.errors import ConfigError
+
+PROGRESS_DELAY_S = 2.0
+"""A step shows its progress bar once it has taken this many seconds."""
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path, marker: str) -> Iterator[Path]:
+    """A fresh directory beside `target`, renamed to it when the block ends without an error, else removed.
+
+    An existing `target` is replaced only if it is empty or holds the file `marker`, which our directories have.
+    Raises ConfigError when it is something else or cannot be written.
+    """
+    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+        raise ConfigError(f"{target} exists and was not written by edgellm; name another output directory")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as e:
+        raise ConfigError(f"cannot write to {target.parent}: {e.strerror}; name another output directory") from None
+    try:
+        yield beside
+        beside.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            os.replace(target, old)
+            os.replace(beside, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
+    """A progress bar that appears when the step takes over `PROGRESS_DELAY_S` seconds."""
+    return tqdm(
+        total=total, desc=description, unit=unit, unit_scale=unit == "B", delay=PROGRESS_DELAY_S, leave=False
+    )
+
+
+def sha256(directory: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of each file `names` in `directory`, with progress."""
+    digests = {}
+    with progress(sum((directory / n).stat().st_size for n in names), f"checking {directory.name}") as bar:
+        for name in names:
+            digest = hashlib.sha256()
+            with (directory / name).open("rb") as f:
+                while block := f.read(1 << 22):
+                    digest.update(block)
+                    bar.update(len(block))
+            digests[name] = digest.hexdigest()
+    return digests
