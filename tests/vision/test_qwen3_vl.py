@@ -240,7 +240,7 @@ def test_config_survives_a_dict_and_refuses_what_it_cannot_do() -> None:
     narrowed = CONFIG.with_token_limits(20, 64)
     assert (narrowed.min_image_tokens, narrowed.max_image_tokens) == (20, 64)
     assert CONFIG.with_token_limits(1, 10_000) == CONFIG
-    with pytest.raises(ConfigError, match="valid keys are .*patch_size"):
+    with pytest.raises(ConfigError, match=r"valid keys are .*patch_size"):
         VisionConfig.from_dict({**CONFIG.to_dict(), "patchsize": 14})
     with pytest.raises(ConfigError, match="leaves none"):
         CONFIG.with_token_limits(1, 8)
