@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """Weights by name, mapped from disk: a tensor costs no memory of its own until it is copied or converted.
 
-    `hf_config` is the parsed `config.json`. Raises CheckpointError for a missing directory, a missing or truncated file.
+    `hf_config` is the parsed `config.json`. Raises CheckpointError for a missing directory or damaged file.
     """
 
     def __init__(self, directory: str | Path) -> None:

@@ -21,13 +21,13 @@ PROGRESS_DELAY_S = 2.0
 
 
 @contextlib.contextmanager
-def whole_directory(target: Path, marker: str) -> Iterator[Path]:
+def whole_directory(target: Path) -> Iterator[Path]:
     """A fresh directory beside `target`, renamed to it when the block ends without an error, else removed.
 
-    An existing `target` is replaced only if it is empty or holds the file `marker`, which our directories have.
+    An existing `target` is replaced only if it is empty or its `config.json` is one of ours.
     Raises ConfigError when it is something else or cannot be written.
     """
-    if target.exists() and not (target.is_dir() and ((target / marker).exists() or not any(target.iterdir()))):
+    if target.exists() and not (target.is_dir() and (_is_ours(target) or not any(target.iterdir()))):
         raise ConfigError(f"{target} exists and was not written by edgellm; name another output directory")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,16 +48,28 @@ def whole_directory(target: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def _is_ours(directory: Path) -> bool:
+    """Whether the directory has a manifest of ours: a checkpoint has a `config.json` too, without a schema version."""
+    try:
+        manifest = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "schema_version" in manifest
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write `value` as indented JSON; the file appears whole. Raises ConfigError when it cannot be written."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as e:
+        raise ConfigError(f"cannot write {path}: {e.strerror}; name another file") from None
 
 
 def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
     """A progress bar that appears when the step takes over `PROGRESS_DELAY_S` seconds."""
-    return tqdm(
-        total=total, desc=description, unit=unit, unit_scale=unit == "B", delay=PROGRESS_DELAY_S, leave=False
-    )
+    return tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", delay=PROGRESS_DELAY_S, leave=False)
 
 
 def sha256(directory: Path, names: list[str]) -> dict[str, str]:

@@ -112,9 +112,7 @@ def _register_in_place(op: Op) -> None:
         return unmutated(outputs)
 
     _LIBRARY.impl(f"{op.name}_", in_place, "CPU")
-    torch.library.register_fake(
-        f"{NAMESPACE}::{op.name}_", lambda *t, **a: unmutated(op.fake(*t, **a)), lib=_LIBRARY
-    )
+    torch.library.register_fake(f"{NAMESPACE}::{op.name}_", lambda *t, **a: unmutated(op.fake(*t, **a)), lib=_LIBRARY)
 
 
 def _one_or_all(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:

@@ -17,8 +17,10 @@ def build(onnx_dir: str | Path, engine_dir: str | Path, backend: str, limits: Bu
     """Build the ONNX directory into an engine directory; raises BuildError or ConfigError, each one line."""
     if backend not in BACKENDS:
         raise BuildError(f"unknown backend {backend!r}; valid ones are {', '.join(sorted(BACKENDS))}")
-    source = Path(onnx_dir)
-    importlib.import_module(BACKENDS[backend]).build(source, read_onnx_config(source), Path(engine_dir), limits)
+    source, target = Path(onnx_dir), Path(engine_dir)
+    if source.resolve() == target.resolve():
+        raise BuildError(f"{source} is both ONNX_DIR and ENGINE_DIR; name another engine directory")
+    importlib.import_module(BACKENDS[backend]).build(source, read_onnx_config(source), target, limits)
 
 
 def read_onnx_config(directory: Path) -> OnnxConfig:

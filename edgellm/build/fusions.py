@@ -1,4 +1,4 @@
-"""Rewrites of a graph into ONNX Runtime's fused operators: RMSNorm, and a residual addition with the RMSNorm after it."""
+"""Rewrites of a graph into ONNX Runtime's fused operators: RMSNorm, and residual addition with the RMSNorm after it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 
 import onnx_ir as ir
-from edgellm_plugins.attention import onnxruntime as attention_lowering
 
 from edgellm.build.fusions import fuse
 from edgellm.build.precision import to_float32
@@ -20,13 +19,14 @@ from edgellm.engine_dir import SCHEMA_VERSION, EngineConfig, write_manifest
 from edgellm.errors import BuildError
 from edgellm.export.graph import save
 from edgellm.files import whole_directory
+from edgellm_plugins.attention import onnxruntime as attention_lowering
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
 
 
 def build(onnx_dir: Path, onnx: OnnxConfig, engine_dir: Path, limits: BuildConfig) -> None:
     """Write the engine directory; it appears whole or not at all. Raises BuildError for a graph it cannot lower."""
-    with whole_directory(engine_dir, "config.json") as out:
+    with whole_directory(engine_dir) as out:
         decoder = ir.load(onnx_dir / "model.onnx")
         to_float32(decoder)
         fuse(decoder)

@@ -27,7 +27,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What a backend cannot do: `max_prefill_batch` rows may be prefilled in one step (decode is bound by the build)."""
+    """What a backend can do: `max_prefill_batch` rows may be prefilled in one step (decode is bound by the build)."""
 
     max_prefill_batch: int
 

@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgellm.engines.base import EngineLimits, TensorSpec
 from edgellm.errors import EngineError
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
+
+# onnxruntime's exceptions have no base class of their own.
+_ERRORS = tuple(
+    getattr(ort_errors, name)
+    for name in ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+    + ("RuntimeException", "EPFail")
+)
 
 _TYPES: dict[str, tuple[torch.dtype, Any]] = {
     "tensor(float)": (torch.float32, np.float32),
@@ -24,7 +32,7 @@ _TYPES: dict[str, tuple[torch.dtype, Any]] = {
 
 
 class OnnxRuntimeEngine:
-    """One session. A tensor is bound again only when its address or shape has changed since the last run of the phase."""
+    """One session. A tensor is bound again only when its address or shape has changed since the phase last ran."""
 
     def __init__(self, path: Path, num_threads: int | None) -> None:
         options = ort.SessionOptions()
@@ -34,7 +42,7 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as e:  # onnxruntime's exceptions share no base class below Exception
+        except _ERRORS as e:
             raise EngineError(f"onnxruntime cannot load {path}: {_first_line(e)}") from None
         self.inputs = {x.name: _spec(x) for x in self._session.get_inputs()}
         self.outputs = {x.name: _spec(x) for x in self._session.get_outputs()}
@@ -56,7 +64,7 @@ class OnnxRuntimeEngine:
                     bound[name] = key
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as e:  # as above
+        except _ERRORS as e:
             raise EngineError(f"onnxruntime failed in {phase}: {_first_line(e)}") from None
 
     def close(self) -> None:

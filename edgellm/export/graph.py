@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import onnx
 import onnx_ir as ir
 import onnxscript
 import torch
-from edgellm_plugins import OPS, Op
 from onnxscript import optimizer
 from torch import nn
 
 from edgellm.files import progress
+from edgellm.models.layers import ExportSpec
+from edgellm_plugins import OPS, Op
 
 OPSET_VERSION = 20
 """ONNX opset of the exported graphs: the newest that TensorRT 10.3's parser knows whole."""
@@ -29,13 +31,10 @@ _ATTRIBUTE_TYPES = {
 }
 
 
-def trace(
-    module: nn.Module, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any], output_names: list[str]
-) -> ir.Model:
-    """The ONNX graph of `module` called with the keyword arguments `inputs`.
+def trace(module: nn.Module, spec: ExportSpec) -> ir.Model:
+    """The ONNX graph of `module`.
 
-    `dynamic_shapes` gives, per input, dimension index → `torch.export.Dim`. Weights stay where they are (mapped from the
-    checkpoint); linear weights become lazily transposed [K, N] views.
+    Weights stay where they are (mapped from the checkpoint); linear weights become lazily transposed [K, N] views.
     """
     exporter_log = logging.getLogger("torch.onnx")
     level = exporter_log.level
@@ -43,13 +42,13 @@ def trace(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(module, (), kwargs=dict(inputs), dynamic_shapes=dict(dynamic_shapes))
+            program = torch.export.export(module, (), kwargs=spec.inputs, dynamic_shapes=spec.dynamic_shapes)
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=OPSET_VERSION,
                 custom_translation_table={op.functional(): _translation(op) for op in OPS.values()},
-                output_names=output_names,
+                output_names=spec.output_names,
                 optimize=False,
                 verbose=False,
             )
@@ -57,7 +56,7 @@ def trace(
         exporter_log.setLevel(level)
     assert converted is not None
     model = converted.model
-    _name_dimensions(model, inputs, dynamic_shapes)
+    _name_dimensions(model, spec)
     _transpose_weights(model)
     optimizer.optimize(model)
     return model
@@ -72,7 +71,9 @@ def save(model: ir.Model, path: Path) -> None:
 
 def _translation(op: Op) -> Callable[..., Any]:
     """The function that the exporter calls for a node of `op`: it emits the one ONNX node."""
-    emit = onnxscript.values.Op(onnxscript.values.Opset(op.onnx_domain, _version(op)), op.onnx_type, op_schema=_schema(op))
+    emit = onnxscript.values.Op(
+        onnxscript.values.Opset(op.onnx_domain, _version(op)), op.onnx_type, op_schema=_schema(op)
+    )
     defaults = {a.name: a.default_value for a in op.functional()._schema.arguments if a.kwarg_only}
 
     def translate(*tensors: Any, **attributes: Any) -> Any:
@@ -114,9 +115,9 @@ def _schema(op: Op) -> onnx.defs.OpSchema:
     )
 
 
-def _name_dimensions(model: ir.Model, inputs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]) -> None:
+def _name_dimensions(model: ir.Model, spec: ExportSpec) -> None:
     """Give the tracer's symbols (s0, s18, …) the names of the dimensions they stand for, in every shape."""
-    dims = [d for name in inputs for d in _flat(dynamic_shapes[name])]
+    dims = [d for name in spec.inputs for d in _flat(spec.dynamic_shapes[name])]
     names = {
         str(value.shape[axis]): dim.__name__
         for value, axes in zip(model.graph.inputs, dims, strict=True)
@@ -125,10 +126,12 @@ def _name_dimensions(model: ir.Model, inputs: Mapping[str, Any], dynamic_shapes:
     }
     for value in [*model.graph.inputs, *(o for node in model.graph for o in node.outputs)]:
         if value.shape is not None and not value.shape.is_static():
-            value.shape = ir.Shape([
-                d if isinstance(d, int) else re.sub(r"s\d+", lambda m: names.get(m[0], m[0]), str(d))
-                for d in value.shape
-            ])
+            value.shape = ir.Shape(
+                [
+                    d if isinstance(d, int) else re.sub(r"s\d+", lambda m: names.get(m[0], m[0]), str(d))
+                    for d in value.shape
+                ]
+            )
 
 
 def _flat(shapes: Any) -> list[dict[int, Any]]:
@@ -136,22 +139,23 @@ def _flat(shapes: Any) -> list[dict[int, Any]]:
 
 
 def _transpose_weights(model: ir.Model) -> None:
-    """Replace each Transpose of a weight by a lazily transposed weight, so that nothing is copied before it is written."""
+    """Replace each Transpose of a weight by a lazily transposed weight: nothing is copied before it is written."""
     for node in list(model.graph):
         weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.const_value is None or weight.name not in model.graph.initializers:
+        if weight is None or weight.const_value is None or not weight.is_initializer():
             continue
         tensor: Any = weight.const_value
         shape = ir.Shape([tensor.shape[i] for i in node.attributes["perm"].as_ints()])
         transposed = ir.Value(name=f"{weight.name}.T", shape=shape, type=weight.type)
         transposed.const_value = ir.LazyTensor(
-            lambda source=tensor: ir.tensor(source.raw.detach().t(), name=source.name),
-            dtype=tensor.dtype,
-            shape=shape,
-            name=transposed.name,
+            functools.partial(_transposed, tensor), dtype=tensor.dtype, shape=shape, name=transposed.name
         )
         model.graph.register_initializer(transposed)
         node.outputs[0].replace_all_uses_with(transposed)
         model.graph.remove(node, safe=True)
-        if not weight.uses():
+        if not weight.uses() and weight.name is not None:
             model.graph.initializers.pop(weight.name)
+
+
+def _transposed(tensor: Any) -> ir.TensorProtocol:
+    return ir.tensor(tensor.raw.detach().t(), name=tensor.name)

@@ -3,24 +3,25 @@
 Shape letters: B batch, S new tokens per row, H hidden size, C cache capacity in tokens, N positions whose logits are
 wanted, V vocabulary. Attribute names are the checkpoints', so weights load under their own names.
 
-Attention is the custom operator `trt::attention_plugin`. While a module is being exported the functional form is traced,
-which returns the updated KV cache; when it runs, the in-place form writes into the cache it was given.
+Attention is the custom operator `trt::attention_plugin`. While a module is being exported the functional form is
+traced, which returns the updated KV cache; when it runs, the in-place form writes into the cache it was given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import edgellm_plugins  # noqa: F401  (registers torch.ops.trt)
 import torch
 from torch import nn
 
+import edgellm_plugins  # noqa: F401  (registers torch.ops.trt)
 from edgellm.config import DecoderConfig
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalization in fp32 (Zhang & Sennrich, 2019, arXiv:1910.07467), scaled in the input's dtype."""
+    """Root-mean-square normalization in fp32, then scaled (Zhang & Sennrich, 2019, arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -31,6 +32,26 @@ class RMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """How a module is traced: example keyword arguments, per input its dynamic dimensions, the outputs' names.
+
+    Every example size is above 1: the tracer takes 0 and 1 for constants.
+    """
+
+    inputs: dict[str, Any]
+    dynamic_shapes: dict[str, Any]
+    output_names: list[str]
+
+
+class VisualEncoder(nn.Module):
+    """Base of the families' visual encoders: the module that becomes `visual/model.onnx`."""
+
+    def export_spec(self) -> ExportSpec:
+        """How this encoder is traced, in the dtype of its weights."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,7 @@ class EdgeLLMModel(nn.Module):
         deepstack_embeds: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Hidden states [B, S, H] after the final norm, and the updated caches, one per layer."""
-        x_BSH, present = inputs_embeds_BSH, []
+        x_BSH, present = inputs_embeds_BSH, list[torch.Tensor]()
         for i, layer in enumerate(self.layers):
             x_BSH, kv_cache = layer(x_BSH, past_key_values[i], inputs)
             present.append(kv_cache)
@@ -178,3 +199,31 @@ class EdgeLLMForCausalLM(nn.Module):
         hidden_BSH, present = self.model(inputs_embeds, past_key_values, inputs, deepstack_embeds)
         picked_BNH = torch.ops.trt.gather_nd(hidden_BSH, last_token_ids[..., None], batch_dims=1)
         return self.lm_head(picked_BNH).float(), present
+
+    def export_spec(self) -> ExportSpec:
+        """How the decoder is traced, in the dtype of its weights."""
+        config, dtype = self.config, self.lm_head.weight.dtype
+        dim = torch.export.Dim
+        batch, seq, capacity = dim("batch"), dim("seq_len"), dim("kv_capacity")
+        b, s, c = 2, 3, 5
+        layers, levels = range(config.num_hidden_layers), range(config.num_deepstack)
+        cache = (b, 2, config.num_key_value_heads, c, config.head_dim)
+        inputs = {
+            "inputs_embeds": torch.zeros(b, s, config.hidden_size, dtype=dtype),
+            "past_key_values": [torch.zeros(cache, dtype=dtype) for _ in layers],
+            "rope_rotary_cos_sin": torch.zeros(b, c, config.rope.rotary_dim),
+            "context_lengths": torch.full((b,), s, dtype=torch.int32),
+            "kvcache_start_index": torch.zeros(b, dtype=torch.int32),
+            "last_token_ids": torch.zeros(b, 2, dtype=torch.int64),
+            "deepstack_embeds": [torch.zeros(b, s, config.hidden_size, dtype=dtype) for _ in levels],
+        }
+        dynamic_shapes = {
+            "inputs_embeds": {0: batch, 1: seq},
+            "past_key_values": [{0: batch, 3: capacity} for _ in layers],
+            "rope_rotary_cos_sin": {0: dim("rope_batch"), 1: capacity},
+            "context_lengths": {0: batch},
+            "kvcache_start_index": {0: batch},
+            "last_token_ids": {0: batch, 1: dim("num_selected")},
+            "deepstack_embeds": [{0: batch, 1: seq} for _ in levels],
+        }
+        return ExportSpec(inputs, dynamic_shapes, ["logits", *(f"present_key_values_{i}" for i in layers)])

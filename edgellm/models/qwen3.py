@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from edgellm.config import DecoderConfig, RopeConfig
 from edgellm.errors import CheckpointError
-from edgellm.models.layers import EdgeLLMForCausalLM
+from edgellm.models.layers import EdgeLLMForCausalLM, VisualEncoder
 from edgellm.models.registry import register_model
 
 
@@ -21,7 +19,7 @@ class Qwen3:
         """Dimensions from the checkpoint's configuration."""
         return qwen3_decoder_config(hf_config)
 
-    def decoder(self, config: DecoderConfig) -> nn.Module:
+    def decoder(self, config: DecoderConfig) -> EdgeLLMForCausalLM:
         """The decoder, weights not loaded."""
         return EdgeLLMForCausalLM(config)
 
@@ -33,7 +31,7 @@ class Qwen3:
         """Name of the token embedding."""
         return "model.embed_tokens.weight"
 
-    def visual(self, hf_config: Mapping[str, Any]) -> nn.Module | None:
+    def visual(self, hf_config: Mapping[str, Any]) -> VisualEncoder | None:
         """A text model has none."""
         return None
 

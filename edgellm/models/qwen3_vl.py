@@ -17,7 +17,7 @@ from torch import nn
 
 from edgellm.config import DecoderConfig
 from edgellm.errors import CheckpointError
-from edgellm.models.layers import EdgeLLMForCausalLM
+from edgellm.models.layers import EdgeLLMForCausalLM, ExportSpec, VisualEncoder
 from edgellm.models.qwen3 import qwen3_decoder_config
 from edgellm.models.registry import register_model
 
@@ -83,7 +83,8 @@ class VisualAttention(nn.Module):
         patches = x_PE.shape[0]
         q, k, v = self.qkv(x_PE).view(patches, 3, self.num_heads, -1).unbind(1)
         q, k = (_rotate(t, cos_P1D, sin_P1D) for t in (q, k))
-        out = nn.functional.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
+        q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
         projected: torch.Tensor = self.proj(out[0].transpose(0, 1).reshape(patches, -1))
         return projected
 
@@ -140,8 +141,8 @@ class PatchMerger(nn.Module):
         return out
 
 
-class Qwen3VLVisual(nn.Module):
-    """The visual encoder: the module that becomes `visual/model.onnx`."""
+class Qwen3VLVisual(VisualEncoder):
+    """The visual encoder."""
 
     def __init__(self, config: VisualConfig) -> None:
         super().__init__()
@@ -178,6 +179,25 @@ class Qwen3VLVisual(nn.Module):
                 deepstack.append(self.deepstack_merger_list[level](x_PE))
         return (self.merger(x_PE), *deepstack)
 
+    def export_spec(self) -> ExportSpec:
+        """For one image of any size."""
+        merge, head_dim = self.config.merge_unit, self.config.hidden_size // self.config.num_heads
+        patches, p = torch.export.Dim("num_image_tokens") * merge, 2 * merge
+        inputs = {
+            "pixel_values": torch.zeros(p, self.config.patch_dim),
+            "pos_embed_indices": torch.zeros(4, p, dtype=torch.int64),
+            "pos_embed_weights": torch.zeros(4, p),
+            "rotary_cos_sin": torch.zeros(p, head_dim),
+        }
+        dynamic_shapes = {
+            "pixel_values": {0: patches},
+            "pos_embed_indices": {1: patches},
+            "pos_embed_weights": {1: patches},
+            "rotary_cos_sin": {0: patches},
+        }
+        levels = range(len(self.deepstack_merger_list))
+        return ExportSpec(inputs, dynamic_shapes, ["image_embeds", *(f"deepstack_embeds_{i}" for i in levels)])
+
 
 @register_model("qwen3_vl")
 class Qwen3VL:
@@ -190,7 +210,7 @@ class Qwen3VL:
         text["tie_word_embeddings"] = hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         return qwen3_decoder_config(text, num_deepstack=levels)
 
-    def decoder(self, config: DecoderConfig) -> nn.Module:
+    def decoder(self, config: DecoderConfig) -> EdgeLLMForCausalLM:
         """The decoder, weights not loaded."""
         return EdgeLLMForCausalLM(config)
 
@@ -204,7 +224,7 @@ class Qwen3VL:
         """Name of the token embedding."""
         return "model.language_model.embed_tokens.weight"
 
-    def visual(self, hf_config: Mapping[str, Any]) -> nn.Module | None:
+    def visual(self, hf_config: Mapping[str, Any]) -> VisualEncoder | None:
         """The visual encoder, weights not loaded."""
         return Qwen3VLVisual(VisualConfig.from_hf(hf_config.get("vision_config", {})))
 

@@ -12,6 +12,7 @@ from torch import nn
 from edgellm.checkpoint import Checkpoint
 from edgellm.config import DecoderConfig
 from edgellm.errors import CheckpointError
+from edgellm.models.layers import EdgeLLMForCausalLM, VisualEncoder
 
 
 class ModelFamily(Protocol):
@@ -20,7 +21,7 @@ class ModelFamily(Protocol):
     def decoder_config(self, hf_config: Mapping[str, Any]) -> DecoderConfig:
         """The decoder's dimensions; raises CheckpointError for a feature that is not supported."""
 
-    def decoder(self, config: DecoderConfig) -> nn.Module:
+    def decoder(self, config: DecoderConfig) -> EdgeLLMForCausalLM:
         """The decoder with its head, weights not loaded."""
 
     def decoder_weight_name(self, name: str, config: DecoderConfig) -> str:
@@ -29,7 +30,7 @@ class ModelFamily(Protocol):
     def embedding_name(self) -> str:
         """The checkpoint's name of the token embedding."""
 
-    def visual(self, hf_config: Mapping[str, Any]) -> nn.Module | None:
+    def visual(self, hf_config: Mapping[str, Any]) -> VisualEncoder | None:
         """The visual encoder, weights not loaded, or None for a text model."""
 
     def visual_weight_name(self, name: str) -> str:
@@ -70,17 +71,17 @@ def family_of(checkpoint: Checkpoint) -> ModelFamily:
     return _REGISTERED[model_type]()
 
 
-def load_decoder(checkpoint: Checkpoint) -> tuple[nn.Module, DecoderConfig]:
+def load_decoder(checkpoint: Checkpoint) -> EdgeLLMForCausalLM:
     """The decoder with the checkpoint's weights mapped in, in the checkpoint's dtype."""
     family = family_of(checkpoint)
     config = family.decoder_config(checkpoint.hf_config)
     with torch.device("meta"):
         module = family.decoder(config)
     _load(module, checkpoint, lambda name: family.decoder_weight_name(name, config))
-    return module, config
+    return module
 
 
-def load_visual(checkpoint: Checkpoint) -> nn.Module | None:
+def load_visual(checkpoint: Checkpoint) -> VisualEncoder | None:
     """The visual encoder with the checkpoint's weights mapped in, or None for a text model."""
     family = family_of(checkpoint)
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, TypeAlias
 
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
 from edgellm.errors import RequestError
@@ -21,7 +21,7 @@ from edgellm.runtime.scheduler import Scheduler
 from edgellm.runtime.tokenizer import Tokenizer
 from edgellm.vision.base import PreparedImage, VisualRunner, load_visual_runner
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
 """Text (used as it is, without a chat template), token ids, or chat messages, which may hold images."""
 
 
@@ -73,24 +73,14 @@ class LLM:
     ) -> None:
         self.close()
 
-    @overload
-    def generate(
-        self, prompts: str | Sequence[int] | Sequence[Mapping[str, Any]], sampling_params: SamplingParams | None = None
-    ) -> RequestOutput: ...
-
-    @overload
-    def generate(
-        self,
-        prompts: Sequence[str] | Sequence[Sequence[int]] | Sequence[Sequence[Mapping[str, Any]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> list[RequestOutput]: ...
-
-    def generate(self, prompts: Any, sampling_params: Any = None) -> RequestOutput | list[RequestOutput]:
-        """Answer one prompt, or a list of prompts together; waits for the results, in the order of the prompts.
+    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> Any:
+        """Answer one prompt (a RequestOutput), or a list of prompts together (a list of them, in order); waits.
 
         Raises RequestError for a prompt that cannot be accepted; then none of the list has been started.
         """
         if _is_one_prompt(prompts):
+            if isinstance(sampling_params, Sequence):
+                raise RequestError(f"one prompt came with {len(sampling_params)} sampling_params; give one")
             return self.generate_async(prompts, sampling_params).result()
         params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
@@ -178,7 +168,7 @@ class LLM:
         )
         return request
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int], list[PreparedImage]]:
+    def _tokenize(self, prompt: Any) -> tuple[str | None, list[int], list[PreparedImage]]:
         """The prompt's text if it has one, its token ids, and its images, prepared for the encoder."""
         if not isinstance(prompt, str) and all(isinstance(x, int) for x in prompt):
             return None, self._checked_ids(prompt), []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -31,8 +32,8 @@ class ModelRunner:
         self._visual_runner = visual_runner
         self._visual = loader.load_visual(directory, num_threads) if visual_runner is not None else None
         # mapped, not read: a step touches a few rows of it
-        self._embedding_file = safe_open(directory / EMBEDDING, framework="pt")
-        self._embedding_VH: torch.Tensor = self._embedding_file.get_tensor("weight")
+        embedding: Any = safe_open(directory / EMBEDDING, framework="pt")
+        self._embedding_VH: torch.Tensor = embedding.get_tensor("weight")
         limits, device = config.limits, self._engine.device
         self.kv_cache = KVCache(self._engine.inputs, limits.max_batch_size, limits.max_kv_cache_capacity, device)
         rope_names = tuple(n for n in self._engine.inputs if n.startswith("rope_rotary_"))

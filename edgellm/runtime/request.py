@@ -178,7 +178,7 @@ class RequestHandle:
         return self._future.done()
 
     def result(self, timeout: float | None = None) -> RequestOutput:
-        """Wait for the outcome; raises the request's EdgeLLMError if it failed, TimeoutError after `timeout` seconds."""
+        """Wait for the outcome; raises the request's EdgeLLMError if it failed, TimeoutError after `timeout` s."""
         return self._future.result(timeout)
 
     async def aresult(self) -> RequestOutput:
@@ -193,8 +193,8 @@ class RequestHandle:
         seen, finished = 0, False
         while not finished:
             with self._changed:
-                self._changed.wait_for(lambda: len(self._increments) > seen)
-                new = self._increments[seen:]
+                while not (new := self._increments[seen:]):
+                    self._changed.wait()
             seen, finished = seen + len(new), new[-1].finished
             yield from new
         self._raise_failure()

@@ -61,9 +61,11 @@ class _Writer:
 def _shared_inputs(graph: ir.Graph, first: ir.Node) -> tuple[ir.Value, ...]:
     """What all layers share: seqlens_k, total_sequence_length, cosines, sines, position ids."""
     _, _, lengths, rope, start = first.inputs[:5]
-    assert lengths is not None and rope is not None and rope.shape is not None and start is not None
+    if lengths is None or rope is None or rope.shape is None or start is None:
+        raise ValueError(f"{first.name}: AttentionPlugin lacks an input")
     batch, capacity, rotary = rope.shape
-    half = int(rotary) // 2
+    assert isinstance(rotary, int), "the number of rotary dimensions is fixed by the model"
+    half = rotary // 2
     tables = []
     for name in ("rope_rotary_cos", "rope_rotary_sin"):
         table = ir.Value(name=name, shape=ir.Shape([batch, capacity, half]), type=ir.TensorType(ir.DataType.FLOAT))
@@ -80,9 +82,7 @@ def _shared_inputs(graph: ir.Graph, first: ir.Node) -> tuple[ir.Value, ...]:
     table_rows = write("Mod", rows, write("Shape", tables[0], start=0, end=1))
     offset = write("Mul", table_rows, write("Shape", tables[0], start=1, end=2))
     first_position = write("Add", write("Cast", start, to=ir.DataType.INT64), offset)
-    positions = write(
-        "Add", write("Unsqueeze", first_position, write.ints(1)), write("Range", zero, new_tokens, step)
-    )
+    positions = write("Add", write("Unsqueeze", first_position, write.ints(1)), write("Range", zero, new_tokens, step))
     flat = [write("Reshape", t, write.ints(-1, half)) for t in tables]
     return seqlens_k, total, *flat, positions
 
@@ -99,7 +99,8 @@ def _lower_node(
 ) -> None:
     qkv, cache, _, _, _, q_weight, k_weight = (*node.inputs, None, None)[:7]
     heads_q, heads_kv, size = (node.attributes[k].as_int() for k in ("num_q_heads", "num_kv_heads", "head_size"))
-    assert qkv is not None and cache is not None and cache.shape is not None
+    if qkv is None or cache is None or cache.shape is None:
+        raise ValueError(f"{node.name}: AttentionPlugin lacks an input")
     write = _Writer(graph, node)
     packed = qkv.producer()
     if packed is not None and packed.op_type == "Concat":
@@ -143,23 +144,19 @@ def _lower_node(
     graph.inputs.remove(cache)
 
 
-def _head_norm(
-    write: _Writer, x: ir.Value | None, weight: ir.Value, heads: int, size: int, epsilon: float
-) -> ir.Value:
+def _head_norm(write: _Writer, x: ir.Value | None, weight: ir.Value, heads: int, size: int, epsilon: float) -> ir.Value:
     """RMSNorm of each head of [B, S, heads·D]."""
     split = write("Reshape", x, write.ints(0, 0, heads, size))
     normed = write("SimplifiedLayerNormalization", split, weight, axis=-1, epsilon=epsilon, stash_type=1)
     return write("Reshape", normed, write.ints(0, 0, heads * size))
 
 
-def _replace_output(
-    graph: ir.Graph, node: ir.Node, output: ir.Value, write: _Writer, heads: int, size: int
-) -> None:
+def _replace_output(graph: ir.Graph, node: ir.Node, output: ir.Value, write: _Writer, heads: int, size: int) -> None:
     """GroupQueryAttention gives [B, S, Hq·D]: what the model's own Reshape would make of [B, S, Hq, D]."""
     users = list(node.outputs[0].uses())
     flatten = users[0].node if len(users) == 1 and users[0].node.op_type == "Reshape" else None
     if flatten is not None and flatten.outputs[0].shape is not None and len(flatten.outputs[0].shape) == 3:
-        output.shape = flatten.outputs[0].shape
+        output.shape, output.type = flatten.outputs[0].shape, ir.TensorType(ir.DataType.FLOAT)
         flatten.outputs[0].replace_all_uses_with(output)
         graph.remove(flatten, safe=True)
     else:

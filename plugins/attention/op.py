@@ -4,9 +4,10 @@ Shape letters: B batch, S new tokens per row (padded), Hq query heads, Hkv key/v
 capacity in tokens, R rotary dimensions (R ≤ D).
 
 Row b holds `kvcache_start_index[b]` tokens in its cache before the call and `context_lengths[b]` after it; the new
-tokens are the first `context_lengths[b] − kvcache_start_index[b]` of its S, the rest is padding whose output is zero and
-whose keys and values are not written. New token s sits at cache slot p = start + s, is rotated by row p of the cosine and
-sine cache, and attends to slots 0…p. Prefill, chunked prefill and decode are this one rule at different S and start.
+tokens are the first `context_lengths[b] − kvcache_start_index[b]` of its S, the rest is padding whose output is zero
+and whose keys and values are not written. New token s sits at cache slot p = start + s, is rotated by row p of the
+cosine and sine cache, and attends to slots 0…p. Prefill, chunked prefill and decode are this one rule at different S
+and start.
 
 The semantics follow the AttentionPlugin that TensorRT Edge-LLM documents.
 """
@@ -144,7 +145,7 @@ def validate(
 
 def samples(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
     """Random inputs at odd sizes: prefill, chunked prefill, decode, unequal rows, partial rotary, full capacity."""
-    cases = [  # label, heads (q, kv), head size, rotary dims, S, capacity, start indices, context lengths, shared rope, norm
+    cases = [  # label, heads (q, kv), head size, rotary dims, S, capacity, start indices, lengths, shared rope, norm
         ("prefill", (4, 2), 64, 64, 7, 33, [0], [7], True, False),
         ("prefill_unequal", (6, 2), 64, 64, 9, 17, [0, 0, 0], [9, 1, 4], False, True),
         ("chunked_prefill", (8, 8), 128, 128, 5, 31, [11, 3], [16, 8], True, True),

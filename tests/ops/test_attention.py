@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from edgellm_plugins.attention.op import ATTENTION, reference
 from edgellm_plugins.op import Sample
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+
 from edgellm_plugins import OPS, Op, Sample
 
 
