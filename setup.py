@@ -4,7 +4,8 @@ This file adds what pyproject.toml cannot say: the ROS interfaces (built by tool
 make the package visible to ROS tools (ament index, share/edgellm_ros, lib/edgellm_ros). `colcon build` does not come
 here, it takes CMakeLists.txt.
 
-Environment: EDGELLM_ROS=auto builds the ROS parts if this machine can (default), 1 fails if it cannot, 0 leaves them out.
+Environment: EDGELLM_ROS=auto (default) builds the ROS parts if this machine can, 1 fails if it cannot, 0 leaves them
+out.
 """
 
 from __future__ import annotations

@@ -121,7 +121,8 @@ def fingerprint(root: Path = ROOT) -> str:
     """Hash of everything the built interfaces depend on: sources, this builder, Python, generators and their prefix."""
     digest = hashlib.sha256()
     here = Path(__file__)
-    for path in [*(root / f for f in interface_files(root)), root / "package.xml", here, here.with_name("one_so_dispatch.h")]:
+    sources = [root / f for f in (*interface_files(root), "package.xml")]
+    for path in (*sources, here, here.with_name("one_so_dispatch.h")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
     digest.update(repr([sysconfig.get_config_var("EXT_SUFFIX"), *map(str, _prefixes())]).encode())
     for generator in ("rosidl_generator_c", "rosidl_generator_py", *TYPESUPPORTS):
@@ -187,9 +188,8 @@ class _Builder:
 
     def _arguments(self, generator: str, output: Path, **more: list[str]) -> str:
         """Write the argument file that rosidl generators take; returns its path."""
-        idls = [
-            f"{d}:{idl}" for d in self.dependencies for idl in sorted((_package_prefix(d) / "share" / d).glob("*/*.idl"))
-        ]
+        shares = {d: _package_prefix(d) / "share" / d for d in self.dependencies}
+        idls = [f"{d}:{idl}" for d, share in shares.items() for idl in sorted(share.glob("*/*.idl"))]
         arguments = {
             "package_name": PACKAGE,
             "output_dir": str(output),
@@ -258,8 +258,8 @@ class _Builder:
         includes = [self.include.parent, self.introspection.parent, Path(sysconfig.get_paths()["include"])]
         includes.append(Path(numpy.get_include()))
         for prefix in _prefixes():
-            include = prefix / "include"
-            includes += [include, *sorted(p for p in include.glob("*") if p.is_dir() and not p.name.startswith("python"))]
+            packages = [p for p in (prefix / "include").glob("*") if p.is_dir() and not p.name.startswith("python")]
+            includes += [prefix / "include", *sorted(packages)]
         run = [_tool("CXX", "g++"), "-std=c++17"] if source.suffix == ".cpp" else [_tool("CC", "gcc"), "-std=gnu11"]
         run += ["-O1", "-fPIC", f'-DROS_PACKAGE_NAME="{PACKAGE}"', *(f"-I{i}" for i in includes)]
         if dispatch:
