@@ -80,7 +80,7 @@ class SamplingParams:
 
 def _real(value: object) -> float:
     """`value` as a float; NaN for what is no number, which fails every range."""
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    return math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
 
 
 def _check_number(name: str, value: object, valid: str, ok: bool) -> None:

@@ -1,8 +1,8 @@
 """Qwen3-VL: image preprocessing, positions of the encoder's patches, image tokens and MRoPE positions of a prompt.
 
-Preprocessing gives bit for bit what transformers' `Qwen2VLImageProcessorPil` gives (its image
-processor of qwen3_vl that needs no torchvision). Patches come in merge-block order: block row, block column, row in block,
-column in block. Shape legend: P patches, N = P / merge^2 tokens, H decoder hidden size, D encoder head size, S tokens.
+Preprocessing gives bit for bit what transformers' `Qwen2VLImageProcessorPil` gives, its image processor of qwen3_vl
+that needs no torchvision. Patches come in merge-block order: block row, block column, row in block, column in block.
+Shape legend: P patches, N = P / merge^2 tokens, H decoder hidden size, D encoder head size, S tokens.
 """
 
 from __future__ import annotations

@@ -129,6 +129,19 @@ LLAMA_3 = """{{- bos_token }}
 {%- endif %}
 """
 
+WHITESPACE = """{# comment #}
+{% for message in messages %}
+    {% if message.role == 'user' %}
+  user: {{ message.content }}
+    {% else %}
+
+  other: {{ message.content }}
+    {% endif %}
+{% endfor %}
+end
+
+"""
+
 TOOLS = [
     {
         "type": "function",
@@ -185,7 +198,7 @@ def by_transformers(template: str, messages: list[dict[str, Any]], **options: An
 @pytest.mark.parametrize(
     ("template", "chat"),
     [
-        *((t, c) for t in (QWEN3_VL, QWEN2_5, LLAMA_3) for c in TEXT_CHATS),
+        *((t, c) for t in (QWEN3_VL, QWEN2_5, LLAMA_3, WHITESPACE) for c in TEXT_CHATS),
         *((QWEN3_VL, c) for c in IMAGE_CHATS),
         (QWEN3_VL, TOOL_CHAT),
     ],

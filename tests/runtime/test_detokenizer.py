@@ -62,6 +62,7 @@ def byte_fallback() -> Tokenizer:
 
 
 BYTES, FALLBACK = byte_level(), byte_fallback()
+INVALID = BYTES.encode("é")[-1]  # a continuation byte on its own
 
 
 def stream(tokenizer: Tokenizer, ids: Sequence[int], skip: bool = True) -> str:
@@ -132,6 +133,12 @@ def test_any_byte_fallback_ids_give_well_formed_text(ids: list[int]) -> None:
     ("".join(map(text_stream.push, ids)) + text_stream.finish()).encode("utf-8")
 
 
+@pytest.mark.parametrize("count", range(20, 70))
+def test_giving_up_on_invalid_bytes_never_splits_a_character(count: int) -> None:
+    ids = [*[INVALID] * count, *BYTES.encode("🙄x")]
+    assert stream(BYTES, ids) == REPLACEMENT * count + "🙄x"
+
+
 class CountingTokenizer:
     """Counts the ids that are decoded."""
 
@@ -142,9 +149,6 @@ class CountingTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.decoded += len(token_ids)
         return BYTES.decode(token_ids, skip_special_tokens=skip_special_tokens)
-
-
-INVALID = BYTES.encode("é")[-1]  # a continuation byte on its own
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgellm.errors import EngineError, RequestError
-from edgellm.runtime.sampling import RowParams, SamplingParams, filter_logits, sample, uniform
+from edgellm.runtime.sampling import RowParams, SamplingParams, draw, filter_logits, sample, uniform
 
 VOCAB = 500
 MIXED = [
@@ -110,6 +110,12 @@ def test_drawn_distribution_by_chi_square(params: SamplingParams) -> None:
         statistic += float((rare[0] - rare[1]) ** 2 / rare[1])
         freedom += 1
     assert abs(statistic - freedom) < 5 * math.sqrt(2 * max(freedom, 1)), (statistic, freedom)
+
+
+def test_a_token_of_probability_0_is_never_drawn() -> None:
+    log_probs = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0, -math.inf]])
+    for number, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (1 - 2.0**-53, 3)):
+        assert draw(log_probs, torch.tensor([number], dtype=torch.float64)).tolist() == [token]
 
 
 def test_uniform_is_uniform_and_uncorrelated_over_seeds_and_steps() -> None:
