@@ -115,6 +115,14 @@ def vision_config_from_checkpoint(
     return result
 
 
+def limit_image_tokens(
+    model_type: str, config: Mapping[str, Any], min_image_tokens: int, max_image_tokens: int
+) -> dict[str, Any]:
+    """`config` narrowed to the tokens per image that an engine is built for; raises ConfigError when none is left."""
+    result: dict[str, Any] = _family(model_type).limit_image_tokens(config, min_image_tokens, max_image_tokens)
+    return result
+
+
 def read_preprocessor_config(directory: str | Path) -> dict[str, Any]:
     """The image processor's settings of a checkpoint, from preprocessor_config.json or processor_config.json.
 

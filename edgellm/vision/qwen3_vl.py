@@ -376,3 +376,8 @@ def load_runner(config: Mapping[str, Any], device: torch.device, output_dtype: t
 def config_from_checkpoint(hf_config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """The registry's entry: `VisionConfig.to_dict()` from a checkpoint's files."""
     return VisionConfig.from_checkpoint(hf_config, preprocessor).to_dict()
+
+
+def limit_image_tokens(config: Mapping[str, Any], min_image_tokens: int, max_image_tokens: int) -> dict[str, Any]:
+    """The registry's entry: `VisionConfig.with_token_limits` on its dict form."""
+    return VisionConfig.from_dict(config).with_token_limits(min_image_tokens, max_image_tokens).to_dict()

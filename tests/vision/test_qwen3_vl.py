@@ -16,7 +16,13 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEm
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from edgellm.errors import ConfigError, RequestError
-from edgellm.vision.base import ENCODE_PHASE, PreparedImage, load_visual_runner, vision_config_from_checkpoint
+from edgellm.vision.base import (
+    ENCODE_PHASE,
+    PreparedImage,
+    limit_image_tokens,
+    load_visual_runner,
+    vision_config_from_checkpoint,
+)
 from edgellm.vision.qwen3_vl import (
     Qwen3VLRunner,
     VisionConfig,
@@ -241,6 +247,7 @@ def test_config_survives_a_dict_and_refuses_what_it_cannot_do() -> None:
     assert (CONFIG.min_image_tokens, CONFIG.max_image_tokens, CONFIG.max_patches) == (16, 512, 2048)
     narrowed = CONFIG.with_token_limits(20, 64)
     assert (narrowed.min_image_tokens, narrowed.max_image_tokens) == (20, 64)
+    assert limit_image_tokens("qwen3_vl", CONFIG.to_dict(), 20, 64) == narrowed.to_dict()
     assert CONFIG.with_token_limits(1, 10_000) == CONFIG
     with pytest.raises(ConfigError, match=r"valid keys are .*patch_size"):
         VisionConfig.from_dict({**CONFIG.to_dict(), "patchsize": 14})
