@@ -98,9 +98,14 @@ class Environment:
 
     def pip(self, *arguments: str, ros_parts: bool) -> None:
         """Run the environment's pip; its progress shows on a terminal, only its errors elsewhere."""
-        quiet = [] if sys.stdout.isatty() else ["-q"]
+        quiet = [] if sys.stdout.isatty() else ["-qq"]
         command = [str(self.folder / "bin/python"), "-m", "pip", "install", "--no-input", *quiet]
-        variables = {**os.environ, "EDGELLM_ROS": "1" if ros_parts else "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        variables = {
+            **os.environ,
+            "EDGELLM_ROS": "1" if ros_parts else "0",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PYTHONWARNINGS": "ignore:Editable installation.",  # 10 lines that say that it is one
+        }
         run = subprocess.run([*command, *arguments], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, check=False)
         if run.returncode:
             fail(f"set-up failed: pip ended with status {run.returncode}, see above; run make again to resume")
