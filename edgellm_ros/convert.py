@@ -169,7 +169,7 @@ def _from_nv(rows: npt.NDArray[np.generic], message: Image) -> RGB:
 
 
 def _from_bayer(mosaic: npt.NDArray[np.generic], pattern: str) -> RGB:
-    """Bilinear demosaicing: each colour is the mean of the nearest pixels that have it. `pattern`: the upper left 2x2."""
+    """Bilinear demosaicing: a colour is the mean of the nearest pixels that have it. `pattern`: the upper left 2x2."""
     height, width = mosaic.shape
     out = np.empty((height, width, 3), np.uint8)
     for channel, color in enumerate("rgb"):
@@ -184,7 +184,7 @@ def _from_bayer(mosaic: npt.NDArray[np.generic], pattern: str) -> RGB:
 
 
 def _blur(values: npt.NDArray[np.float32], corner: float) -> npt.NDArray[np.float32]:
-    """Sum over the eight neighbours: weight 2 beside, above and below, `corner` at the diagonals; edges count nothing."""
+    """Sum over the eight neighbours: weight 2 beside, above and below, `corner` at the diagonals; 0 past the edge."""
     p = np.pad(values, 1)
     beside = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:]
     return 2.0 * beside + corner * (p[:-2, :-2] + p[:-2, 2:] + p[2:, :-2] + p[2:, 2:])

@@ -1,0 +1,284 @@
+"""`vlm_node`: a language or vision-language model as a lifecycle node.
+
+configure loads the engine, activate accepts requests, deactivate drains, cleanup frees. Requests come as goals of the
+action `~/generate` or as texts on `prompt`; answers stream on `~/tokens` and as action feedback. The executor's thread
+only shuffles messages: loading, image conversion, tokenizing and inference have threads of their own, and tokens are
+published by the engine's thread at the moment they are sampled.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lifecycle_msgs.msg import State
+from rclpy.action import ActionServer, CancelResponse, GoalResponse
+from rclpy.action.server import ServerGoalHandle
+from rclpy.executors import Executor
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.task import Future
+from std_msgs.msg import String
+
+from edgellm import LLM
+from edgellm.errors import ConfigError, EdgeLLMError, QueueFullError
+from edgellm_ros import msg, params
+from edgellm_ros.action import Generate
+from edgellm_ros.camera import Camera
+from edgellm_ros.lifecycle import AsyncLifecycleNode, Completion, in_thread
+from edgellm_ros.node_main import run_node
+from edgellm_ros.request import ActiveRequest
+from edgellm_ros.worker import Worker
+
+TOKENS_QOS = QoSProfile(depth=200)
+RELIABLE_QOS = QoSProfile(depth=10)
+STATUS_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+RESULT_TIMEOUT_S = 60
+STATUS_PERIOD_S = 1.0
+
+
+class VlmNode(AsyncLifecycleNode):
+    """The node. Raises ConfigError for a parameter that is not allowed."""
+
+    def __init__(self) -> None:
+        super().__init__("vlm_node")
+        params.declare(self)
+        self._worker: Worker | None = None
+        self._llm: LLM | None = None
+        self._requests: dict[str, ActiveRequest] = {}
+        self._status = msg.NodeStatus(message="not configured", engine_dir=self.parameter("engine_dir"))
+        self._status_lock = threading.Lock()
+        self.tokens = self.create_publisher(msg.TokenChunk, "~/tokens", TOKENS_QOS)
+        self._text = self.create_publisher(String, "~/text", RELIABLE_QOS)
+        self._response = self.create_publisher(msg.GenerateResult, "~/response", RELIABLE_QOS)
+        self._status_publisher = self.create_publisher(msg.NodeStatus, "~/status", STATUS_QOS)
+        self.camera = Camera(self, self.reentrant)
+        self.create_subscription(String, "prompt", self._on_prompt, RELIABLE_QOS, callback_group=self.reentrant)
+        self._action = ActionServer(
+            self,
+            Generate,
+            "~/generate",
+            self._on_goal_accepted,
+            goal_callback=self._on_goal,
+            cancel_callback=self._on_cancel,
+            callback_group=self.reentrant,
+            feedback_pub_qos_profile=TOKENS_QOS,
+            result_timeout=RESULT_TIMEOUT_S,
+        )
+        self.create_timer(STATUS_PERIOD_S, self._on_status_timer, callback_group=self.reentrant)
+        self.publish_status()
+
+    def parameter(self, name: str) -> Any:
+        """The present value of a parameter."""
+        return self.get_parameter(name).value
+
+    # Lifecycle
+
+    async def configure(self) -> None:
+        """Load and warm up the engine in a thread of its own."""
+        engine_dir = self.parameter("engine_dir")
+        if not engine_dir:
+            raise ConfigError("parameter engine_dir is empty; set it to an engine directory made by `edgellm build`")
+        threads = self.parameter("num_threads") or None
+        self.publish_status(message=f"loading {engine_dir}")
+        llm: LLM = await in_thread(self.executor, lambda: LLM(engine_dir, num_threads=threads))
+        self._llm = llm
+        self._worker = Worker(llm, llm.config.limits.max_batch_size, self.parameter("max_queue"), self.publish_status)
+        self._status.model_type, self._status.backend = llm.config.model_type, llm.config.backend
+        self._status.accepts_images = llm.config.vision is not None
+        self.publish_status(message=f"loaded {engine_dir}", last_error="")
+        self.get_logger().info(f"loaded {engine_dir}: {llm.config.model_type} on {llm.config.backend}")
+
+    async def activate(self) -> None:
+        """From now on requests are accepted (the state itself is the switch)."""
+        self._status.message = "ready"
+
+    async def deactivate(self) -> None:
+        """No new requests (the state says so); accepted ones get `drain_timeout` seconds, then they are cancelled."""
+        worker, timeout = self._worker, self.parameter("drain_timeout")
+        assert worker is not None
+        self.publish_status(message="waiting for accepted requests")
+        await in_thread(self.executor, lambda: worker.drain(timeout))
+        self._status.message = "loaded, not active"
+
+    async def cleanup(self) -> None:
+        """Free the engine."""
+        worker, llm = self._worker, self._llm
+        assert worker is not None and llm is not None
+        self._worker = self._llm = None
+
+        def free() -> None:
+            worker.close()
+            llm.close()
+
+        await in_thread(self.executor, free)
+        gc.collect()
+        self._status.model_type = self._status.backend = ""
+        self._status.accepts_images = False
+        self._status.message = "not configured"
+
+    def state_changed(self) -> None:
+        """Tell everyone."""
+        self.publish_status()
+
+    def step_failed(self, name: str, error: EdgeLLMError) -> None:
+        """Say why on the log and on `~/status`."""
+        self.get_logger().error(f"{name} failed: {error}")
+        now = self.get_clock().now().to_msg()
+        self.publish_status(message=f"{name} failed: {error}", last_error=str(error), last_error_stamp=now)
+
+    async def stop(self) -> None:
+        """Cancel what is running and free the engine: the process ends."""
+        if self._worker is not None:
+            for request in list(self._requests.values()):
+                self._worker.cancel(request.job)
+            worker, llm = self._worker, self._llm
+            assert llm is not None
+            await in_thread(self.executor, worker.close)
+            await in_thread(self.executor, llm.close)
+
+    # Status
+
+    def publish_status(self, count: str | None = None, **changes: Any) -> None:
+        """Publish `~/status`, with `changes` of its fields and one more in the counter `count`; from any thread."""
+        with self._status_lock:
+            status, worker = self._status, self._worker
+            if count:
+                changes[count] = getattr(status, count) + 1
+            for field, value in changes.items():
+                setattr(status, field, value)
+            status.header.stamp = self.get_clock().now().to_msg()
+            status.state = self.state
+            status.running = worker.running if worker else 0
+            status.queued = worker.queued if worker else 0
+            status.max_queue = self.parameter("max_queue")
+            status.images_received = self.camera.received
+            self._status_publisher.publish(status)
+
+    def _on_status_timer(self) -> None:
+        if self.state == State.PRIMARY_STATE_ACTIVE:
+            self.publish_status()
+
+    def _refusal(self) -> str | None:
+        """Why a request that comes now would be rejected; None if it would not."""
+        if self.state != State.PRIMARY_STATE_ACTIVE or self._worker is None:
+            return f"the node is not active ({self._status.message}); configure and activate it"
+        if self._worker.full:
+            return f"the queue is full ({self._worker.running} running, {self._worker.queued} waiting); try again later"
+        return None
+
+    def _reject(self, what: str, reason: str) -> None:
+        self.get_logger().warning(f"{what} rejected: {reason}")
+        now = self.get_clock().now().to_msg()
+        self.publish_status("rejected", last_rejection=reason, last_rejection_stamp=now)
+
+    # Requests
+
+    def _on_prompt(self, message: String) -> None:
+        refusal = self._refusal()
+        if refusal:
+            self._reject("prompt", refusal)
+            return
+        goal = Generate.Goal(messages=[msg.ChatMessage(role=msg.ChatMessage.ROLE_USER, text=message.data)])
+        if self._status.accepts_images and self.parameter("prompt_image") == "latest":
+            goal.image_source = Generate.Goal.IMAGE_LATEST
+        self._submit(uuid.uuid4().hex, goal, None, lambda result: None)
+
+    def _on_goal(self, goal: Generate.Goal) -> GoalResponse:
+        refusal = self._refusal()
+        if refusal:
+            self._reject("goal", refusal)
+            return GoalResponse.REJECT
+        return GoalResponse.ACCEPT
+
+    def _on_cancel(self, handle: ServerGoalHandle) -> CancelResponse:
+        request = self._requests.get(request_id_of(handle))
+        if request is not None and self._worker is not None:
+            request.cancelled_by_client = True
+            self._worker.cancel(request.job)
+        return CancelResponse.ACCEPT
+
+    async def _on_goal_accepted(self, handle: ServerGoalHandle) -> Generate.Result:
+        completion: Completion[msg.GenerateResult] = Completion(self.executor)
+
+        def feedback(chunk: msg.TokenChunk) -> None:
+            handle.publish_feedback(Generate.Feedback(chunk=chunk))
+
+        request = self._submit(request_id_of(handle), handle.request, feedback, completion.set_result)
+        if request is not None and handle.is_cancel_requested:  # between its acceptance and now
+            self._on_cancel(handle)
+        result: msg.GenerateResult = await completion.future
+        if result.status == msg.GenerateResult.STATUS_SUCCEEDED:
+            handle.succeed()
+        elif result.status == msg.GenerateResult.STATUS_CANCELED:
+            handle.canceled()
+        else:
+            handle.abort()
+        return Generate.Result(result=result)
+
+    def _submit(
+        self,
+        request_id: str,
+        goal: Generate.Goal,
+        feedback: Callable[[msg.TokenChunk], None] | None,
+        on_result: Callable[[msg.GenerateResult], None],
+    ) -> ActiveRequest | None:
+        """Hand a request to the worker; `on_result` is called once, from any thread."""
+
+        def finish(result: msg.GenerateResult) -> None:
+            self._requests.pop(request_id, None)
+            self._publish_result(result)
+            on_result(result)
+
+        request = ActiveRequest(self, request_id, goal, feedback, finish)
+        self._requests[request_id] = request
+        worker = self._worker
+        try:
+            if worker is None:
+                raise QueueFullError("the node was deactivated")
+            worker.submit(request.job)
+        except QueueFullError as error:
+            request.fail(str(error))
+            return None
+        self.publish_status()
+        return request
+
+    def _publish_result(self, result: msg.GenerateResult) -> None:
+        self._response.publish(result)
+        if result.status == msg.GenerateResult.STATUS_SUCCEEDED:
+            self._text.publish(String(data=result.text))
+            self.publish_status("succeeded")
+        elif result.status == msg.GenerateResult.STATUS_CANCELED:
+            self.publish_status("canceled")
+        else:
+            self.get_logger().error(f"request {result.request_id[:8]} failed: {result.error}")
+            now = self.get_clock().now().to_msg()
+            self.publish_status("aborted", last_error=result.error, last_error_stamp=now)
+
+
+def request_id_of(handle: ServerGoalHandle) -> str:
+    """A goal's id as 32 hexadecimal digits: the request_id in every message about it."""
+    return bytes(handle.goal_id.uuid).hex()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; 0, or 1 after a one-line error."""
+
+    def start(node: Node, executor: Executor) -> None:
+        assert isinstance(node, VlmNode)
+        if node.parameter("autostart"):
+            executor.create_task(node.start)
+
+    def stop(node: Node, executor: Executor) -> Future:
+        assert isinstance(node, VlmNode)
+        return executor.create_task(node.stop)
+
+    return run_node(VlmNode, args, start, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
