@@ -101,7 +101,7 @@ class Packer:
     def _row(self, prefix: list[int], aspect: float, rng: np.random.Generator) -> _Row:
         row = _Row(sample_scene(rng, aspect), prefix)
         misses = 0
-        while misses < 3:
+        while misses < 12:
             kind = int(rng.integers(len(KINDS)))
             try:
                 question, reply = ask(row.scene, KINDS[kind], rng, self.style)

@@ -29,7 +29,9 @@ MIN_PIXELS, MAX_PIXELS = 256 * 256, 384 * 256
 
 def make_config(tokenizer: Tokenizer) -> Qwen3VLConfig:
     """The configuration of the tiny model; token ids come from its tokenizer."""
-    ids = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.token_to_id(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end")
+    }
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     text = {
         "vocab_size": VOCAB_SIZE,

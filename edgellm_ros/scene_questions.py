@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgellm_ros.scene_world import COLORS, SHAPES, SIZES, Scene, SceneObject, sample_scene, scene_rng
+from edgellm_ros.scene_world import COLORS, DEFAULT_ASPECT, SHAPES, SIZES, Scene, SceneObject, sample_scene, scene_rng
 
 BASE_KINDS = ("what", "count", "where", "steer")
 KINDS = BASE_KINDS + tuple(f"{kind}_json" for kind in BASE_KINDS)
@@ -165,7 +165,9 @@ def _open_queries(scene: Scene, base: str, as_json: bool, absent: bool = False) 
 
 def clear_queries(scene: Scene) -> list[Query]:
     """Every query about objects of the scene that has one clear answer at this moment (for a moving camera)."""
-    counted = [Noun()] + [Noun(color=c) for c in COLORS] + [Noun(shape=s) for s in SHAPES] + [Noun(size=z) for z in SIZES]
+    counted = (
+        [Noun()] + [Noun(color=c) for c in COLORS] + [Noun(shape=s) for s in SHAPES] + [Noun(size=z) for z in SIZES]
+    )
     queries = []
     for as_json in (False, True):
         queries.append(Query("what", as_json=as_json))
@@ -280,9 +282,11 @@ def _say_result(query: Query, result: str, style: str) -> str:
     assert query.target is not None
     one = query.target.one
     if result == "none":
-        return {"terse": f"no {one}", "pirate": f"Arr, I spy no {one}, matey!", "plain": f"I do not see {query.target.a}."}[
-            style
-        ]
+        return {
+            "terse": f"no {one}",
+            "pirate": f"Arr, I spy no {one}, matey!",
+            "plain": f"I do not see {query.target.a}.",
+        }[style]
     if style == "terse":
         return result
     if query.kind == "steer":
@@ -311,12 +315,12 @@ class Example:
     answer: str
 
 
-def examples(split: str, count: int, style: str = "plain") -> Iterator[Example]:
+def examples(split: str, count: int, style: str = "plain", aspect: float = DEFAULT_ASPECT) -> Iterator[Example]:
     """The first `count` examples of a split, kinds in turn; the same every time. `held_out` is the measured set."""
     for index in range(count):
         rng, kind = scene_rng(split, index), KINDS[index % len(KINDS)]
         while True:
-            scene = sample_scene(rng)
+            scene = sample_scene(rng, aspect)
             try:
                 question, reply = ask(scene, kind, rng, style)
             except NotAskableError:
