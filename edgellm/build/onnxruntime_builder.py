@@ -19,6 +19,7 @@ from edgellm.engine_dir import SCHEMA_VERSION, EngineConfig, write_manifest
 from edgellm.errors import BuildError
 from edgellm.export.graph import save
 from edgellm.files import whole_directory
+from edgellm.vision.base import limit_image_tokens
 from edgellm_plugins.attention import onnxruntime as attention_lowering
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
@@ -26,6 +27,10 @@ DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
 
 def build(onnx_dir: Path, onnx: OnnxConfig, engine_dir: Path, limits: BuildConfig) -> None:
     """Write the engine directory; it appears whole or not at all. Raises BuildError for a graph it cannot lower."""
+    vision = None
+    if onnx.vision is not None:
+        tokens = limits.min_image_tokens, limits.max_image_tokens
+        vision = limit_image_tokens(onnx.model_type, onnx.vision, *tokens)
     with whole_directory(engine_dir) as out:
         decoder = ir.load(onnx_dir / "model.onnx")
         to_float32(decoder)
@@ -56,7 +61,7 @@ def build(onnx_dir: Path, onnx: OnnxConfig, engine_dir: Path, limits: BuildConfi
                 dtype="float32",
                 decoder=onnx.decoder,
                 limits=limits,
-                vision=onnx.vision,
+                vision=vision,
                 files={},
             ),
         )

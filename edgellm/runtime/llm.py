@@ -142,8 +142,9 @@ class LLM:
         params = params or SamplingParams()
         text, token_ids, images = self._tokenize(prompt)
         positions, next_position = None, len(token_ids)
-        if images and self._visual_runner is not None:
+        if self._visual_runner is not None:
             token_ids = self._visual_runner.expand_image_tokens(token_ids, images)
+        if images and self._visual_runner is not None:
             positions, next_position = self._visual_runner.mrope_positions(token_ids, [i.grid_thw for i in images])
         limits = self.config.limits
         if len(token_ids) > limits.max_input_len:

@@ -87,12 +87,10 @@ class VisionConfig:
         return self.max_image_tokens * self.spatial_merge_size**2
 
     def with_token_limits(self, min_image_tokens: int, max_image_tokens: int) -> VisionConfig:
-        """This config with the tokens per image narrowed to a build's limits; raises ConfigError when none is left."""
-        return dataclasses.replace(
-            self,
-            min_pixels=max(self.min_pixels, min_image_tokens * self.factor**2),
-            max_pixels=min(self.max_pixels, max_image_tokens * self.factor**2),
-        )
+        """This config with the tokens per image narrowed to a build's limits, which go before the checkpoint's own."""
+        most = min(self.max_pixels, max_image_tokens * self.factor**2)
+        least = max(self.min_pixels, min_image_tokens * self.factor**2)
+        return dataclasses.replace(self, min_pixels=min(least, most), max_pixels=most)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict that `from_dict` reads back."""
