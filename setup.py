@@ -51,7 +51,7 @@ class BuildInterfaces(build_ext):
             if self.inplace or self.editable_mode:
                 rosidl_build.build(ROOT)
             else:
-                rosidl_build.build(Path(self.build_lib), force=True)
+                rosidl_build.build(Path(self.build_lib))
         except rosidl_build.RosidlMissingError as error:
             raise SystemExit(f"edgellm: {error}") from None
 
@@ -108,8 +108,9 @@ def generated(name: str, text: str, mode: int = 0o644) -> str:
 
 
 NO_ROS = why_no_ros()
-# Modules that left the repository would stay in build/lib and be installed again.
-shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+# Modules that left the repository would stay in build/lib* and be installed again.
+for stale in (ROOT / "build").glob("lib*"):
+    shutil.rmtree(stale)
 
 setup(
     distclass=EdgeLLMDistribution,

@@ -286,14 +286,15 @@ def _run(command: list[str]) -> None:
 
 
 def build(out: Path, root: Path = ROOT, *, force: bool = False) -> bool:
-    """Build the interfaces into `out`/edgellm_ros. Returns False if they were already up to date.
+    """Build the interfaces into `out`/edgellm_ros. In-tree (`out` is `root`) only if something changed since the last
+    time, or with `force`. Returns whether it built.
 
     Raises RosidlMissingError if a generator, a compiler or a ROS package is missing or a compiler fails."""
     reason = missing_parts()
     if reason:
         raise RosidlMissingError(reason)
-    stamp, want = out / PACKAGE / STAMP, fingerprint(root)
-    if not force and stamp.is_file() and json.loads(stamp.read_text()) == want:
+    stamp, want = root / PACKAGE / STAMP, fingerprint(root)
+    if out == root and not force and stamp.is_file() and json.loads(stamp.read_text()) == want:
         return False
     (out / PACKAGE).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="rosidl_") as work:
@@ -301,7 +302,8 @@ def build(out: Path, root: Path = ROOT, *, force: bool = False) -> bool:
         builder.generate()
         builder.compile()
         builder.install_python()
-    stamp.write_text(json.dumps(want))
+    if out == root:
+        stamp.write_text(json.dumps(want))
     return True
 
 
