@@ -121,7 +121,7 @@ def set_up(folder: Path) -> None:
     if environment.stage("base", base, f"creating {folder.name} (Python {platform.python_version()}, ROS: {ros})"):
         environment.done.clear()
         # A sourced ROS takes numpy, yaml, lark and empy from the system's packages.
-        venv.create(folder, system_site_packages=ros == "sourced", clear=True, with_pip=True)
+        venv.create(folder, system_site_packages=ros == "sourced", clear=True, symlinks=True, with_pip=True)
         environment.pip("-c", constraints, "pip", "setuptools", ros_parts=False)
         environment.finish("base", base)
 
