@@ -10,6 +10,7 @@ Callbacks run on the connection's thread; everything else may be called from any
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -89,6 +90,7 @@ class Answer:
         self.chunks: list[msg.TokenChunk] = []
         self.arrivals: list[float] = []
         self.asked_at = time.time()
+        self.ended_at = math.inf
         self._client = client
         self._rejected_before = client.status.rejected if client.status else 0
         self._on_text = on_text
@@ -103,6 +105,11 @@ class Answer:
             goal, feedback_callback=self._on_feedback, goal_uuid=UUID(uuid=list(bytes.fromhex(self.goal_id)))
         )
         sent.add_done_callback(self._on_goal_response)
+
+    @property
+    def first_token_s(self) -> float:
+        """Seconds from asking until the first chunk arrived; without one, until the end."""
+        return (self.arrivals[0] if self.arrivals else self.ended_at) - self.asked_at
 
     @property
     def text(self) -> str:
@@ -163,6 +170,7 @@ class Answer:
             if response.status == GoalStatus.STATUS_UNKNOWN:
                 self._error = f"{self._client.name} no longer knows the request; was it restarted?"
             else:
+                self.ended_at = time.time()
                 self._result = response.result.result
                 self._show(self._result.text[self._shown :])
         self._ended.set()
@@ -185,8 +193,8 @@ class ModelClient:
         give_up = time.monotonic() + timeout_s
         if not self.action.wait_for_server(timeout_sec=timeout_s):
             raise ClientError(
-                f"no node {self.name} found within {timeout_s:g} s; start it (python -m edgellm_ros.vlm_node) and check "
-                "its name, namespace and ROS_DOMAIN_ID"
+                f"no node {self.name} found within {timeout_s:g} s; start it (python -m edgellm_ros.vlm_node) and "
+                "check its name, namespace and ROS_DOMAIN_ID"
             )
         with self._changed:
             self._changed.wait_for(self._settled, max(0.1, give_up - time.monotonic()))
@@ -194,6 +202,12 @@ class ModelClient:
             raise ClientError(f"node {self.name} is there but sends no status; is it another version?")
         if self.status.state != State.PRIMARY_STATE_ACTIVE:
             raise ClientError(f"node {self.name} is not active: {self.status.message}")
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests can be sent: the action is there, and the node says that it is active."""
+        active = self.status is not None and self.status.state == State.PRIMARY_STATE_ACTIVE
+        return active and self.action.server_is_ready()
 
     def _settled(self) -> bool:
         """Active, or failed to get there; a node that loads its engine is worth waiting for."""

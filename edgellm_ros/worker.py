@@ -105,7 +105,7 @@ class Worker:
             handle.cancel()
 
     def drain(self, timeout_s: float) -> None:
-        """Wait until all jobs have ended; cancel those that have not after `timeout_s`. The caller submits none meanwhile."""
+        """Wait until all jobs have ended; cancel those that have not after `timeout_s`. The caller submits none now."""
         if self._wait_idle(timeout_s):
             return
         with self._condition:
