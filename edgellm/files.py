@@ -12,12 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from edgellm import progress
 from edgellm.errors import ConfigError
-
-PROGRESS_DELAY_S = 2.0
-"""A step shows its progress bar once it has taken this many seconds."""
 
 
 @contextlib.contextmanager
@@ -67,15 +63,10 @@ def write_json(path: Path, value: Any) -> None:
         raise ConfigError(f"cannot write {path}: {e.strerror}; name another file") from None
 
 
-def progress(total: int, description: str, unit: str = "B") -> tqdm[Any]:
-    """A progress bar that appears when the step takes over `PROGRESS_DELAY_S` seconds."""
-    return tqdm(total=total, desc=description, unit=unit, unit_scale=unit == "B", delay=PROGRESS_DELAY_S, leave=False)
-
-
 def sha256(directory: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of each file `names` in `directory`, with progress."""
     digests = {}
-    with progress(sum((directory / n).stat().st_size for n in names), f"checking {directory.name}") as bar:
+    with progress.amount(sum((directory / n).stat().st_size for n in names), f"checking {directory.name}") as bar:
         for name in names:
             digest = hashlib.sha256()
             with (directory / name).open("rb") as f:

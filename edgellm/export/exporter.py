@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from edgellm import progress
 from edgellm.checkpoint import Checkpoint
 from edgellm.config import ONNX_SCHEMA_VERSION, OnnxConfig
 from edgellm.errors import ExportError
 from edgellm.export import graph
 from edgellm.files import whole_directory, write_json
+from edgellm.models.layers import ExportSpec
 from edgellm.models.registry import family_of, load_decoder, load_visual
 from edgellm.vision.base import read_preprocessor_config, vision_config_from_checkpoint
 
@@ -48,10 +51,16 @@ def export(checkpoint_dir: str | Path, onnx_dir: str | Path) -> None:
         raise ExportError(f"{checkpoint.directory}: weights are {dtype}; supported are {', '.join(DTYPES)}")
     manifest = OnnxConfig(ONNX_SCHEMA_VERSION, checkpoint.model_type, names[dtype], decoder.config, vision)
     with whole_directory(Path(onnx_dir)) as out:
-        graph.save(graph.trace(decoder, decoder.export_spec()), out / "model.onnx")
+        modules: dict[str, tuple[nn.Module, ExportSpec]] = {"model.onnx": (decoder, decoder.export_spec())}
         if visual is not None:
+            modules["visual/model.onnx"] = (visual, visual.export_spec())
             (out / "visual").mkdir()
-            graph.save(graph.trace(visual, visual.export_spec()), out / "visual" / "model.onnx")
+        with progress.steps(2 * len(modules), f"exporting {checkpoint.directory.name}") as steps:
+            for name, (module, spec) in modules.items():
+                steps.start(f"tracing {name}")
+                traced = graph.trace(module, spec)
+                steps.start(f"writing {name}")
+                graph.save(traced, out / name)
         save_file({"weight": checkpoint.tensor(family.embedding_name())}, out / EMBEDDING)
         _copy_text_files(checkpoint, out)
         write_json(out / "config.json", dataclasses.asdict(manifest))

@@ -17,7 +17,7 @@ import torch
 from onnxscript import optimizer
 from torch import nn
 
-from edgellm.files import progress
+from edgellm import progress
 from edgellm.models.layers import ExportSpec
 from edgellm_plugins import OPS, Op
 
@@ -65,7 +65,7 @@ def trace(module: nn.Module, spec: ExportSpec) -> ir.Model:
 def save(model: ir.Model, path: Path) -> None:
     """Write `model` with its weights beside it in `<name>.data`, tensor by tensor, with progress."""
     total = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    with progress(total, f"writing {path.name}") as bar:
+    with progress.amount(total, f"writing {path.name}") as bar:
         ir.save(model, path, external_data=f"{path.name}.data", callback=lambda tensor, _: bar.update(tensor.nbytes))
 
 

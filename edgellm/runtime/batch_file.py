@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgellm import progress
 from edgellm.errors import EdgeLLMError, RequestError
-from edgellm.files import progress, write_json
+from edgellm.files import write_json
 from edgellm.runtime.llm import LLM
 from edgellm.runtime.request import RequestOutput
 from edgellm.runtime.sampling import SamplingParams
@@ -74,7 +75,7 @@ def read(path: Path) -> BatchFile:
 def answer(llm: LLM, batch: BatchFile, output_file: Path) -> list[RequestOutput | EdgeLLMError]:
     """Answer every request and write `output_file`; a request that fails gets its error there and stops no other."""
     outcomes: list[RequestOutput | EdgeLLMError] = []
-    with progress(len(batch.requests), "answering", unit="request") as bar:
+    with progress.amount(len(batch.requests), "answering", unit="request") as bar:
         for first in range(0, len(batch.requests), batch.batch_size):
             handles = [_start(llm, batch, r) for r in batch.requests[first : first + batch.batch_size]]
             for handle in handles:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from edgellm import progress
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
 from edgellm.errors import RequestError
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
@@ -54,8 +55,11 @@ class LLM:
         self._visual_runner: VisualRunner | None = None
         if self.config.vision is not None:
             self._visual_runner = load_visual_runner(self.config.model_type, self.config.vision)
-        runner = ModelRunner(directory, self.config, self._visual_runner, num_threads)
-        runner.warm_up()
+        with progress.steps(2, f"loading {directory.name}") as steps:
+            steps.start("reading the engine")
+            runner = ModelRunner(directory, self.config, self._visual_runner, num_threads)
+            steps.start("warming up")
+            runner.warm_up()
         self._runner = runner
         self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
