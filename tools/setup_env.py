@@ -37,9 +37,12 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"edgellm: {message}")
 
 
-def ros_source() -> str:
-    """Where rclpy comes from: "sourced" (AMENT_PREFIX_PATH), "wheels" (PyPI), or "none" (the library alone)."""
-    if os.environ.get("AMENT_PREFIX_PATH"):
+def ros_source(folder: Path) -> str:
+    """Where rclpy comes from: "sourced" (AMENT_PREFIX_PATH), "wheels" (PyPI), or "none" (the library alone).
+
+    `folder` itself in AMENT_PREFIX_PATH, set so that ROS tools find this package in it, is no sourced ROS."""
+    prefixes = os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)
+    if any(Path(p).resolve() != folder for p in prefixes if p):
         if subprocess.run([sys.executable, "-c", "import rclpy"], stderr=subprocess.DEVNULL, check=False).returncode:
             fail(
                 f"a ROS is sourced ({os.environ['AMENT_PREFIX_PATH']}), but Python {platform.python_version()} "
@@ -112,7 +115,7 @@ class Environment:
 
 
 def set_up(folder: Path) -> None:
-    ros = ros_source()
+    ros = ros_source(folder)
     check_tools(ros)
     environment = Environment(folder, ros)
     constraints = str(ROOT / "constraints.txt")
