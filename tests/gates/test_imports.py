@@ -26,6 +26,8 @@ FORBIDDEN = {
     "edgellm_plugins": ("edgellm", "edgellm_ros", *ROS),
     "edgellm": ("edgellm_ros", *ROS),
     "edgellm.errors": ("edgellm", "torch"),
+    "edgellm.files": ("torch",),
+    "edgellm.progress": ("edgellm", "torch"),
     "edgellm.models": ("edgellm.engines", "edgellm.runtime", *OFFLINE_STEPS, *OFFLINE),
     "edgellm.quantize": ("edgellm.build", "edgellm.engines", "edgellm.runtime", "edgellm.cli"),
     "edgellm.export": ("edgellm.build", "edgellm.engines", "edgellm.runtime", "edgellm.cli", "transformers"),
@@ -39,7 +41,7 @@ FORBIDDEN = {
 ALLOWED = {
     "edgellm.runtime": (
         "edgellm.runtime", "edgellm.engines", "edgellm.engine_dir", "edgellm.vision",
-        "edgellm.config", "edgellm.errors", "edgellm.files",
+        "edgellm.config", "edgellm.errors", "edgellm.files", "edgellm.progress",
     ),
 }  # fmt: skip
 # The one backend that runs a model definition itself.
