@@ -25,22 +25,16 @@ class TensorSpec:
         return tuple(d if isinstance(d, int) else sizes[d] for d in self.shape)
 
 
-@dataclass(frozen=True)
-class EngineLimits:
-    """What a backend can do: `max_prefill_batch` rows may be prefilled in one step (decode is bound by the build)."""
-
-    max_prefill_batch: int
-
-
 class Engine(Protocol):
     """A compiled network. Tensors belong to the caller; the engine reads and writes them where they are.
+
+    A decoder takes one row per prefill step, and up to the build's batch size per generation step.
 
     An output that is the updated form of an input (the KV cache) may be given the input's own tensor.
     """
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
-    limits: EngineLimits
     device: torch.device
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ import onnxruntime as ort
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from edgellm.engines.base import EngineLimits, TensorSpec
+from edgellm.engines.base import TensorSpec
 from edgellm.errors import EngineError
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
@@ -47,7 +47,6 @@ class OnnxRuntimeEngine:
             raise EngineError(f"onnxruntime cannot load {path}: {_first_line(e)}") from None
         self.inputs = {x.name: _spec(x) for x in self._session.get_inputs()}
         self.outputs = {x.name: _spec(x) for x in self._session.get_outputs()}
-        self.limits = EngineLimits(max_prefill_batch=1)
         self.device = torch.device("cpu")
         self._element = {x.name: _TYPES[x.type][1] for x in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._bindings: dict[str, tuple[Any, dict[str, tuple[int, torch.Size]]]] = {}

@@ -102,7 +102,7 @@ class LLM:
     ) -> RequestHandle:
         """Start answering `prompt` and return at once. Tokenizing and image preprocessing happen in this thread.
 
-        `on_increment` is called on the engine's thread right after each token; it must be short and must not raise.
+        `on_increment` is called on the engine's thread right after each token; it must be short.
         Raises RequestError for a prompt or image that cannot be accepted, QueueFullError when too many are waiting.
         """
         request = self._prepare(prompt, sampling_params, on_increment, request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,6 +17,8 @@ from edgellm.errors import EdgeLLMError
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.vision.base import PreparedImage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Request:
 class RequestHandle:
     """What `generate_async` returns: an iterator and async iterator of increments, a future, and `cancel()`.
 
-    `on_increment` is called on the engine's thread; what it raises is not caught there, so it must not raise.
+    `on_increment` is called on the engine's thread; if it raises, that is logged and it is not called again.
     """
 
     def __init__(
@@ -236,7 +239,12 @@ class RequestHandle:
             for listener in self._listeners:
                 listener()
         if self._on_increment is not None:
-            self._on_increment(increment)
+            try:
+                self._on_increment(increment)
+            except Exception:
+                # The caller's mistake must not reach the engine's thread, where it would fail other requests.
+                log.exception("on_increment of %s raised; it is not called again", self.request_id)
+                self._on_increment = None
 
     def _raise_failure(self) -> None:
         """An iteration whose request failed raises its error after the last increment."""

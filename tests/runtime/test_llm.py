@@ -186,6 +186,19 @@ def test_a_failing_step_fails_only_its_request(llm: LLM, monkeypatch: pytest.Mon
     assert running.result(30).usage.completion_tokens == 200
 
 
+def test_a_raising_callback_harms_nobody(llm: LLM) -> None:
+    calls = []
+
+    def broken(increment: Increment) -> None:
+        calls.append(increment)
+        raise ValueError("callback")
+
+    careless = llm.generate_async(PROMPTS[0], LONG, on_increment=broken)
+    other = llm.generate_async(PROMPTS[1], LONG)
+    assert careless.result(30).usage.completion_tokens == other.result(30).usage.completion_tokens == 40
+    assert len(calls) == 1
+
+
 def test_capacity_bounds_the_answer(llm: LLM) -> None:
     prompt = [7] * 1000
     output = llm.generate(prompt, SamplingParams(max_tokens=5000, ignore_eos=True))
