@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from typing_extensions import Required, TypedDict
 
 from edgellm.errors import EdgeLLMError, EngineError
 from edgellm.runtime.model_runner import ModelRunner
@@ -20,13 +20,14 @@ from edgellm.runtime.sampling import RowParams, sample
 from edgellm.runtime.scheduler import Scheduler
 
 
-class _Ending(TypedDict, total=False):
-    """How a request ends: the arguments of `EngineLoop._end`."""
+@dataclass(frozen=True)
+class _Ending:
+    """How a request ends, with the text and token of its last step."""
 
-    finish_reason: Required[str]
-    text: str
-    token_ids: tuple[int, ...]
-    stop_reason: str | int | None
+    finish_reason: str
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    stop_reason: str | int | None = None
 
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,11 @@ class EngineLoop:
             if self._scheduler.running:
                 self._guarded(list(self._scheduler.running), self._decode)
         for request in (*self._scheduler.take_waiting(), *list(self._scheduler.running)):
-            self._end(request, "cancelled")
+            self._end(request, _Ending("cancelled"))
 
     def _end_cancelled(self) -> None:
         for request in (*self._scheduler.take_cancelled(), *[r for r in self._scheduler.running if r.cancelled]):
-            self._end(request, "cancelled")
+            self._end(request, _Ending("cancelled"))
 
     def _guarded(self, requests: list[Request], step: Callable[[list[Request]], None]) -> None:
         """Run a step; what it raises fails the requests it ran for, and no others."""
@@ -72,7 +73,7 @@ class EngineLoop:
             return
         for request in requests:
             if request in self._scheduler.running:
-                self._end(request, "error", error=error)
+                self._end(request, _Ending("error"), error)
 
     def _prefill(self, requests: list[Request]) -> None:
         (request,) = requests
@@ -100,36 +101,27 @@ class EngineLoop:
             if ending is not None:
                 complete.append((request, ending))
         for request, ending in complete:
-            self._end(request, **ending)
+            self._end(request, ending)
 
     def _add_token(self, request: Request, token: int) -> _Ending | None:
         """Append the token and send its text, or say how the request ends."""
         if token in self._eos_token_ids and not request.params.ignore_eos:
-            return {"finish_reason": "stop"}
+            return _Ending("stop")
         if token in (request.params.stop_token_ids or ()):
-            return {"finish_reason": "stop", "stop_reason": token}
+            return _Ending("stop", stop_reason=token)
         request.output_ids.append(token)
         text, stopped_by = "", None
         if request.detokenizer is not None:
             delta = request.detokenizer.push([token])
             text, stopped_by = delta.text, delta.stopped_by
         if stopped_by is not None:
-            return {"finish_reason": "stop", "text": text, "token_ids": (token,), "stop_reason": stopped_by}
+            return _Ending("stop", text, (token,), stopped_by)
         if len(request.output_ids) >= request.max_new_tokens:
-            return {"finish_reason": "length", "text": text, "token_ids": (token,)}
+            return _Ending("length", text, (token,))
         request.handle.push(request.increment(text, (token,), None, request.last_token_at))
         return None
 
-    def _end(
-        self,
-        request: Request,
-        finish_reason: str,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        *,
-        stop_reason: str | int | None = None,
-        error: EdgeLLMError | None = None,
-    ) -> None:
+    def _end(self, request: Request, ending: _Ending, error: EdgeLLMError | None = None) -> None:
         """Free the request's slot and deliver its last increment and outcome."""
         if request in self._scheduler.running:
             moved = self._scheduler.leave(request)
@@ -137,9 +129,11 @@ class EngineLoop:
             if moved is not None:
                 source, target = moved
                 self._runner.move_slot(source, target, self._scheduler.running[target].cached_tokens)
-        whole = ""
+        text, whole = ending.text, ""
         if request.detokenizer is not None:
-            text += "" if isinstance(stop_reason, str) else request.detokenizer.finish().text
+            # a stop string has taken what was held back with it
+            text += "" if isinstance(ending.stop_reason, str) else request.detokenizer.finish().text
             whole = request.detokenizer.text
-        last = request.increment(text, token_ids, finish_reason, request.last_token_at or time.perf_counter())
-        request.handle.push(last, error or request.output(whole, finish_reason, stop_reason))
+        now = request.last_token_at or time.perf_counter()
+        last = request.increment(text, ending.token_ids, ending.finish_reason, now)
+        request.handle.push(last, error or request.output(whole, ending.finish_reason, ending.stop_reason))
