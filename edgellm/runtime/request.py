@@ -158,7 +158,8 @@ class Request:
 class RequestHandle:
     """What `generate_async` returns: an iterator and async iterator of increments, a future, and `cancel()`.
 
-    `on_increment` is called on the engine's thread; if it raises, that is logged and it is not called again.
+    `on_increment` is called on the engine's thread, the last time before the result is there; if it raises, that is
+    logged and it is not called again.
     """
 
     def __init__(
@@ -229,6 +230,13 @@ class RequestHandle:
 
     def push(self, increment: Increment, outcome: RequestOutput | EdgeLLMError | None = None) -> None:
         """Engine side: add an increment; with the last one comes the outcome, an error being what `result` raises."""
+        if self._on_increment is not None:
+            try:
+                self._on_increment(increment)
+            except Exception:
+                # The caller's mistake must not reach the engine's thread, where it would fail other requests.
+                log.exception("on_increment of %s raised; it is not called again", self.request_id)
+                self._on_increment = None
         with self._changed:
             self._increments.append(increment)
             if isinstance(outcome, EdgeLLMError):
@@ -238,13 +246,6 @@ class RequestHandle:
             self._changed.notify_all()
             for listener in self._listeners:
                 listener()
-        if self._on_increment is not None:
-            try:
-                self._on_increment(increment)
-            except Exception:
-                # The caller's mistake must not reach the engine's thread, where it would fail other requests.
-                log.exception("on_increment of %s raised; it is not called again", self.request_id)
-                self._on_increment = None
 
     def _raise_failure(self) -> None:
         """An iteration whose request failed raises its error after the last increment."""
