@@ -111,7 +111,8 @@ class Environment:
         }
         run = subprocess.run([*command, *arguments], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, check=False)
         if run.returncode:
-            fail(f"set-up failed: pip ended with status {run.returncode}, see above; run make again to resume")
+            reason = f"pip ended with status {run.returncode}, see above (is the network there?)"
+            fail(f"set-up failed: {reason}; run make again to resume")
 
 
 def set_up(folder: Path) -> None:
