@@ -1,7 +1,7 @@
 """Measure the tiny reference model on held-out scenes with plain `transformers`, fp32, greedy, on the CPU.
 
     python -m assets.eval_tiny_vlm                                   # 1,000 held-out scene-question pairs
-    python -m assets.eval_tiny_vlm --adapter terse                   # the same scenes, asked of an adapter, in its style
+    python -m assets.eval_tiny_vlm --adapter terse                   # the same scenes, asked in the adapter's style
     python -m assets.eval_tiny_vlm --size 384x256 --jpeg 80 --count 200
 
 Run from the repository root. Nothing here uses edgellm: the model, tokenizer and image processor are those of
@@ -101,7 +101,7 @@ def main() -> None:
     data = list(examples(args.split, args.count, args.adapter or "plain", width / height))
     right, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     asker = Asker(args.model, args.adapter)
-    for example, reply in zip(data, results(asker, data, (width, height), args.jpeg, args.batch)):
+    for example, reply in zip(data, results(asker, data, (width, height), args.jpeg, args.batch), strict=True):
         total[example.kind] += 1
         right[example.kind] += reply == example.answer
         if reply != example.answer:

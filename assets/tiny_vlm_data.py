@@ -1,5 +1,8 @@
 """Training batches of the tiny model: scenes with several questions each, packed into one token row per scene.
 
+Besides questions, some turns ask to repeat random tokens. Without them every token that no answer needs ends up with
+the same embedding, and an adapter could not tell the words of its style apart.
+
 A row is ``prefix | question answer | question answer | ...``. The prefix (system prompt and image) is seen by every
 question of the row; a question sees no other question, except the earlier turns of its own conversation.
 """
@@ -27,7 +30,9 @@ SYSTEM_PROMPTS = (
     "You are the eyes of a mobile robot.",
     "Answer the question about the camera image.",
 )
-_SYSTEM_SHARE, _FOLLOW_UP_SHARE = 0.25, 0.3
+_SYSTEM_SHARE, _FOLLOW_UP_SHARE, _ECHO_SHARE = 0.25, 0.3, 0.12
+_ECHO_WORDINGS = ("Repeat after me:", "Repeat:", "Say:", "Please repeat:")
+TURN_KINDS = (*KINDS, "echo")
 NO_OBJECT = len(COLORS) * len(SHAPES)
 
 
@@ -44,7 +49,7 @@ class PackedBatch:
     predict_at: npt.NDArray[np.int64]  # [K]: flat positions whose next token belongs to an answer
     predict: npt.NDArray[np.int64]  # [K]: that token
     question: npt.NDArray[np.int64]  # [K]: which question it belongs to
-    kinds: npt.NDArray[np.int64]  # [Q]: index into KINDS of each question
+    kinds: npt.NDArray[np.int64]  # [Q]: index into TURN_KINDS of each question
     cells: npt.NDArray[np.int64]  # [B, T]: colour and shape of the object centred in each image token, or NO_OBJECT
 
 
@@ -57,6 +62,7 @@ class Packer:
         self._turn = self._encode("\n<|im_start|>user\n")
         self._reply = self._encode("<|im_end|>\n<|im_start|>assistant\n")
         self._end = self._encode("<|im_end|>")
+        self._plain_tokens = tokenizer.get_vocab_size(with_added_tokens=False)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -102,17 +108,25 @@ class Packer:
         row = _Row(sample_scene(rng, aspect), prefix)
         misses = 0
         while misses < 12:
-            kind = int(rng.integers(len(KINDS)))
+            kind = TURN_KINDS[-1] if rng.random() < _ECHO_SHARE else KINDS[rng.integers(len(KINDS))]
             try:
-                question, reply = ask(row.scene, KINDS[kind], rng, self.style)
+                question, reply = self._turn_text(row.scene, kind, rng)
             except NotAskableError:
                 misses += 1
                 continue
             follow_up = row.groups > 0 and rng.random() < _FOLLOW_UP_SHARE
-            asked = (self._turn if follow_up else []) + self._encode(question) + self._reply
-            if not row.append(kind, asked, self._encode(reply) + self._end, follow_up):
+            asked = (self._turn if follow_up else []) + question + self._reply
+            if not row.append(TURN_KINDS.index(kind), asked, reply + self._end, follow_up):
                 break
         return row
+
+    def _turn_text(self, scene: Scene, kind: str, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Token ids of a question and its answer. Raises NotAskableError as `ask` does."""
+        if kind != TURN_KINDS[-1]:
+            question, reply = ask(scene, kind, rng, self.style)
+            return self._encode(question), self._encode(reply)
+        words: list[int] = rng.integers(self._plain_tokens, size=rng.integers(2, 11)).tolist()
+        return self._encode(_ECHO_WORDINGS[rng.integers(len(_ECHO_WORDINGS))]) + words, words
 
 
 class _Row:

@@ -1,6 +1,6 @@
 """The tiny model: its configuration, its files, and a batched training forward over the `transformers` modules.
 
-`transformers` runs its vision encoder image by image, which starves a GPU, so training calls the same modules on a whole
+`transformers` runs its vision encoder image by image, which starves a GPU, so training calls the same modules on a
 batch of equally sized images, and several questions about one image share that image's tokens (see `PackedBatch`).
 tests/assets holds this forward to the one of `transformers`.
 

@@ -1,4 +1,4 @@
-"""The tiny model's tokenizer: a byte-level BPE in Qwen2's layout, trained on the questions and answers and on common words.
+"""The tiny model's tokenizer: a byte-level BPE in Qwen2's layout, trained on questions, answers and common words.
 
 Any text tokenizes (bytes are the last resort); the special tokens and the chat format are those of Qwen3-VL.
 """
@@ -31,31 +31,32 @@ _SPLIT = (
 )
 
 _COMMON_WORDS = """
-the be to of and a in that have it for not on with he as you do at this but his by from they we say her she or an will my
-one all would there their what so up out if about who get which go me when make can like time no just him know take people
-into year your good some could them see other than then now look only come its over think also back after use two how our
-work first well way even new want because any these give day most us is are was were been has had did done said made found
-system user assistant image video tool function name arguments content role type value string number object array true
-false null json list text answer question reply please help hello thanks yes okay sorry robot camera sensor motor wheel
-arm gripper battery charge dock map path goal route speed stop start turn move drive forward backward left right ahead
-behind above below near far between inside outside front side top bottom center corner edge wall floor ceiling door room
-table chair box ball person human hand head face eye dog cat car truck road street sign light lamp window shelf bottle cup
-plate book phone screen keyboard button switch cable tree grass sky sun cloud rain snow water fire color colour shape size
-small medium large big little long short wide narrow high low dark bright black white gray grey brown pink red orange
-yellow green blue purple cyan magenta circle square triangle star cross ring line point angle degree meter metre second
-minute hour metre kilogram newton watt volt ampere frame pixel grid cell row column index count sum total zero one two
-three four five six seven eight nine ten eleven twelve hundred thousand million first second third last next previous
-before after during while until again always never sometimes often maybe should must may might cannot where why whose whom
-here very much many more less few several every each both either neither same different equal open close closed pick place
-put hold carry push pull lift lower find search follow track avoid reach grasp release wait pause resume continue return
-report describe explain show tell write read speak listen hear learn train test model language vision token word sentence
-message request response error warning info debug status state active inactive ready busy idle failed success result
-input output data file folder device memory processor graphics engine layer weight bias batch prompt cache stream request
-safe danger careful slow fast quick warm cold hot dry wet clean dirty full empty heavy easy hard old young early late
-morning evening night week month world country city house home school company part problem fact case group life child woman
-man thing place point hand program government level order power change play run live believe happen include set try ask need
-feel become leave mean keep let begin seem turn stand lose pay meet add spend grow walk win offer remember love consider
-appear buy serve die send expect build stay fall cut kill remain suggest raise pass sell require decide break thank receive
+the be to of and a in that have it for not on with he as you do at this but his by from they we say her she or an will
+my one all would there their what so up out if about who get which go me when make can like time no just him know take
+people into year your good some could them see other than then now look only come its over think also back after use
+two how our work first well way even new want because any these give day most us is are was were been has had did done
+said made found system user assistant image video tool function name arguments content role type value string number
+object array true false null json list text answer question reply please help hello thanks yes okay sorry robot camera
+sensor motor wheel arm gripper battery charge dock map path goal route speed stop start turn move drive forward
+backward left right ahead behind above below near far between inside outside front side top bottom center corner edge
+wall floor ceiling door room table chair box ball person human hand head face eye dog cat car truck road street sign
+light lamp window shelf bottle cup plate book phone screen keyboard button switch cable tree grass sky sun cloud rain
+snow water fire color colour shape size small medium large big little long short wide narrow high low dark bright
+black white gray grey brown pink red orange yellow green blue purple cyan magenta circle square triangle star cross
+ring line point angle degree meter metre second minute hour metre kilogram newton watt volt ampere frame pixel grid
+cell row column index count sum total zero one two three four five six seven eight nine ten eleven twelve hundred
+thousand million first second third last next previous before after during while until again always never sometimes
+often maybe should must may might cannot where why whose whom here very much many more less few several every each
+both either neither same different equal open close closed pick place put hold carry push pull lift lower find search
+follow track avoid reach grasp release wait pause resume continue return report describe explain show tell write read
+speak listen hear learn train test model language vision token word sentence message request response error warning
+info debug status state active inactive ready busy idle failed success result input output data file folder device
+memory processor graphics engine layer weight bias batch prompt cache stream request safe danger careful slow fast
+quick warm cold hot dry wet clean dirty full empty heavy easy hard old young early late morning evening night week
+month world country city house home school company part problem fact case group life child woman man thing place point
+hand program government level order power change play run live believe happen include set try ask need feel become
+leave mean keep let begin seem turn stand lose pay meet add spend grow walk win offer remember love consider appear
+buy serve die send expect build stay fall cut kill remain suggest raise pass sell require decide break thank receive
 """
 
 CHAT_TEMPLATE = """\
@@ -83,9 +84,12 @@ CHAT_TEMPLATE = """\
 {%- if tools -%}
     {{- '<|im_start|>system\\n' -}}
     {%- if messages[0].role == 'system' %}{{ render(messages[0].content) ~ '\\n\\n' }}{% endif -%}
-    {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\nYou are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
+    {{- '# Tools\\n\\nYou may call one or more functions to assist with the user query.\\n\\n' -}}
+    {{- 'You are provided with function signatures within <tools></tools> XML tags:\\n<tools>' -}}
     {%- for tool in tools %}{{ '\\n' ~ (tool | tojson) }}{% endfor -%}
-    {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\\n<tool_call>\\n{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' -}}
+    {{- '\\n</tools>\\n\\nFor each function call, return a json object with function name and arguments' -}}
+    {{- ' within <tool_call></tool_call> XML tags:\\n<tool_call>\\n' -}}
+    {{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call><|im_end|>\\n' -}}
 {%- elif messages[0].role == 'system' -%}
     {{- '<|im_start|>system\\n' ~ render(messages[0].content) ~ '<|im_end|>\\n' -}}
 {%- endif -%}

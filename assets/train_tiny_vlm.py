@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import Qwen3VLForConditionalGeneration
 
-from assets.tiny_vlm_data import NO_OBJECT, PackedBatch, Packer, batches
+from assets.tiny_vlm_data import NO_OBJECT, TURN_KINDS, PackedBatch, Packer, batches
 from assets.tiny_vlm_model import Layout, PackedForward, make_config, make_layout, save_checkpoint
 from assets.tiny_vlm_tokenizer import write_tokenizer
-from edgellm_ros.scene_questions import KINDS, STYLES
+from edgellm_ros.scene_questions import STYLES
 from edgellm_ros.scene_render import render_table
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,14 +106,14 @@ class Trainer:
     @torch.no_grad()
     def check(self) -> str:
         """Exact-match rate per kind on scenes that are neither trained on nor held out (teacher-forced, so greedy)."""
-        right, total = np.zeros(len(KINDS)), np.zeros(len(KINDS))
+        right, total = np.zeros(len(TURN_KINDS)), np.zeros(len(TURN_KINDS))
         for number in range(_CHECK_BATCHES):
             batch = self.check_packer.draw(number, (320, 256))
             wrong = (self.logits(batch)[0].argmax(-1) != self._put(batch.predict)).cpu().numpy()
             failed = np.bincount(batch.question[wrong], minlength=len(batch.kinds)) > 0
-            right += np.bincount(batch.kinds[~failed], minlength=len(KINDS))
-            total += np.bincount(batch.kinds, minlength=len(KINDS))
-        parts = [f"{kind} {r / max(t, 1):.3f}" for kind, r, t in zip(KINDS, right, total)]
+            right += np.bincount(batch.kinds[~failed], minlength=len(TURN_KINDS))
+            total += np.bincount(batch.kinds, minlength=len(TURN_KINDS))
+        parts = [f"{kind} {r / max(t, 1):.3f}" for kind, r, t in zip(TURN_KINDS, right, total, strict=True)]
         return f"exact {right.sum() / total.sum():.4f} of {int(total.sum())} | " + " ".join(parts)
 
     def run(self) -> None:
@@ -135,7 +135,7 @@ class Trainer:
                 break
             losses.append(self.step(batch, min(1.0, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * share))))
             if (step + 1) % args.log_every == 0:
-                answer_loss, sight_loss = (torch.stack(part).mean().item() for part in zip(*losses))
+                answer_loss, sight_loss = (torch.stack(part).mean().item() for part in zip(*losses, strict=True))
                 losses.clear()
                 print(f"{elapsed:6.0f} s step {step + 1} loss {answer_loss:.4f} sight {sight_loss:.4f}", flush=True)
             if (step + 1) % args.check_every == 0:
