@@ -39,6 +39,8 @@ SPIN_S = 0.2
 FEEDBACK_QOS = QoSProfile(depth=200)
 STATUS_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 REJECTION_WAIT_S = 1.0
+CHECK_PERIOD_S = 0.5
+OVER = (GoalStatus.STATUS_SUCCEEDED, GoalStatus.STATUS_CANCELED, GoalStatus.STATUS_ABORTED)
 
 
 class ClientError(EdgeLLMError):
@@ -83,7 +85,11 @@ class Connection:
 
 
 class Answer:
-    """An answer under way. `chunks` grows while it streams; times are time.time() seconds."""
+    """An answer under way. `chunks` grows while it streams; times are time.time() seconds.
+
+    rclpy drops the feedback of a goal from the moment that its result has come, and a result can overtake feedback. So
+    the result is asked for when the last chunk is here or, should that be lost, when the node says that the goal is over.
+    """
 
     def __init__(self, client: ModelClient, goal: Goal, on_text: Callable[[str], None] | None) -> None:
         self.goal_id = uuid.uuid4().hex
@@ -91,20 +97,30 @@ class Answer:
         self.arrivals: list[float] = []
         self.asked_at = time.time()
         self.ended_at = math.inf
+        self.handle: Any = None  # rclpy's goal handle, once the node has accepted
         self._client = client
+        self._streams = goal.stream
+        self._result_requested = False
+        self._over_before = False
         self._rejected_before = client.status.rejected if client.status else 0
         self._on_text = on_text
         self._shown = 0
         self._lock = threading.Lock()
         self._accepted = threading.Event()
         self._ended = threading.Event()
-        self._handle: Any = None
         self._result: msg.GenerateResult | None = None
         self._error = ""
-        sent = client.action.send_goal_async(
-            goal, feedback_callback=self._on_feedback, goal_uuid=UUID(uuid=list(bytes.fromhex(self.goal_id)))
-        )
+        client.call_soon(lambda: self._send(goal))
+
+    def _send(self, goal: Goal) -> None:
+        goal_id = UUID(uuid=list(bytes.fromhex(self.goal_id)))
+        sent = self._client.action.send_goal_async(goal, feedback_callback=self._on_feedback, goal_uuid=goal_id)
         sent.add_done_callback(self._on_goal_response)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the node has taken the request."""
+        return self.handle is not None
 
     @property
     def first_token_s(self) -> float:
@@ -118,8 +134,8 @@ class Answer:
 
     def cancel(self, timeout_s: float = 5.0) -> None:
         """Ask the node to stop; `wait` then returns what there was until then."""
-        if self._accepted.wait(timeout_s) and self._handle is not None and not self._ended.is_set():
-            self._handle.cancel_goal_async()
+        if self._accepted.wait(timeout_s) and self.handle is not None and not self._ended.is_set():
+            self._client.call_soon(self.handle.cancel_goal_async)
 
     def wait(self, timeout_s: float) -> msg.GenerateResult:
         """The result, also of a failed or cancelled request (see its `status` and `error`).
@@ -139,11 +155,11 @@ class Answer:
     def _on_feedback(self, feedback: Any) -> None:
         chunk = feedback.feedback.chunk
         with self._lock:
-            if self._result is not None:  # a chunk that the result has overtaken; its text has been shown
-                return
             self.arrivals.append(time.time())
             self.chunks.append(chunk)
             self._show(chunk.text)
+        if chunk.is_last:
+            self._request_result()
 
     def _show(self, text: str) -> None:
         self._shown += len(text)
@@ -155,9 +171,24 @@ class Answer:
         if not handle.accepted:
             self._client.when_rejected(self._rejected_before, self._reject)
             return
-        self._handle = handle
+        self.handle = handle
         self._accepted.set()
-        handle.get_result_async().add_done_callback(self._on_result)
+        if not self._streams or any(chunk.is_last for chunk in self.chunks):
+            self._request_result()
+        else:
+            self._client.watch(self)
+
+    def _request_result(self) -> None:
+        if self.handle is not None and not self._result_requested:
+            self._result_requested = True
+            self.handle.get_result_async().add_done_callback(self._on_result)
+
+    def check_over(self) -> bool:
+        """Ask for the result if the goal was over the last time, too; whether this answer needs no more checks."""
+        if self._over_before:
+            self._request_result()
+        self._over_before = self.handle.status in OVER
+        return self._result_requested
 
     def _reject(self, reason: str) -> None:
         self._error = f"{self._client.name} rejected the request: {reason}"
@@ -184,9 +215,11 @@ class ModelClient:
         self.status: msg.NodeStatus | None = None
         self._node = node
         self._changed = threading.Condition()
+        self._watched: list[Answer] = []
         self._untold: list[tuple[int, Callable[[str], None]]] = []
         self.action = ActionClient(node, Generate, f"{name}/generate", feedback_sub_qos_profile=FEEDBACK_QOS)
         node.create_subscription(msg.NodeStatus, f"{name}/status", self._on_status, STATUS_QOS)
+        node.create_timer(CHECK_PERIOD_S, self._check_watched)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until the node is there and active. Raises ClientError that says which of the two it is not."""
@@ -228,6 +261,18 @@ class ModelClient:
         """
         messages = [msg.ChatMessage(role="user", text=question)] if isinstance(question, str) else list(question)
         return Answer(self, Goal(messages=messages, image_source=image_source, **goal_fields), on_text)
+
+    def watch(self, answer: Answer) -> None:
+        """Check from time to time whether an answer is over."""
+        self._watched.append(answer)
+
+    def _check_watched(self) -> None:
+        self._watched = [answer for answer in self._watched if not answer.check_over()]
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Call `function` on the connection's thread. rclpy's action client loses an answer that comes back before the
+        call that asked for it has returned, unless both happen on the executor's thread."""
+        self._node.executor.create_task(function)
 
     def when_rejected(self, rejected_before: int, tell: Callable[[str], None]) -> None:
         """Call `tell` with the reason of a rejection; ROS transports none, so it comes with the node's next status,

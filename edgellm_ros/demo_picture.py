@@ -13,7 +13,7 @@ from edgellm_ros.convert import RGB
 COLUMNS = 5
 PICTURE_WIDTH = 368
 MARGIN, PADDING, LINE_GAP = 24, 14, 6
-TITLE_SIZE, SUBTITLE_SIZE, QUESTION_SIZE, TEXT_SIZE = 34, 20, 19, 17
+TITLE_SIZE, SUBTITLE_SIZE, QUESTION_SIZE, TEXT_SIZE, FIGURES_SIZE = 34, 20, 19, 17, 15
 BACKGROUND, CARD = (24, 27, 33), (38, 43, 52)
 BRIGHT, DIM = (240, 242, 245), (150, 158, 170)
 GREEN, RED = (94, 201, 128), (235, 101, 95)
@@ -75,7 +75,7 @@ def _card_lines(panel: Panel) -> list[Line]:
         (panel.question, question, BRIGHT),
         (panel.answer or "(no answer)", text, GREEN if panel.right else RED),
         (f"truth: {panel.truth}", text, DIM),
-        (panel.figures, text, DIM),
+        (panel.figures, _font(FIGURES_SIZE), DIM),
     ]
     return [(line, font, color) for words, font, color in parts for line in _wrap(words, font)]
 

@@ -24,7 +24,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 DIRECTIONS = ("left", "straight", "right")
 # A position this share of the frame's width from the left edge is clearly on one side, or clearly straight ahead.
 LEFT_BELOW, STRAIGHT_FROM, STRAIGHT_TO, RIGHT_ABOVE = 0.36, 0.43, 0.57, 0.64
-# "left of" needs this many times more horizontal than vertical offset (and the other way round), and this offset at all.
+# "left of" needs this many times more horizontal than vertical offset (and the reverse), and this offset at all.
 DOMINANCE, MIN_OFFSET = 1.5, 0.15
 ABSENT_SHARE = 0.12
 
@@ -224,7 +224,7 @@ def _relation(obj: SceneObject, anchor: SceneObject) -> str | None:
 
 
 def contents(scene: Scene) -> list[tuple[Noun, int]]:
-    """What is there, with counts, in the one canonical order: by colour, then by shape, as `COLORS` and `SHAPES` list."""
+    """What is there, with counts, in the one canonical order: by colour, then shape (`COLORS`, `SHAPES`)."""
     names = Counter((o.color, o.shape) for o in scene.objects)
     ordered = sorted(names, key=lambda name: (COLORS.index(name[0]), SHAPES.index(name[1])))
     return [(Noun(*name), names[name]) for name in ordered]

@@ -45,7 +45,7 @@ def tabulate(scenes: list[Scene]) -> SceneTable:
             objects[row, slot] = _shape_numbers(obj)
     numbers = [
         (s.aspect, k.angle, k.scale, k.phase, *k.color_a, *k.color_b, k.brightness, *k.light_slope, *k.tint, k.noise)
-        for s, k in zip(scenes, looks)
+        for s, k in zip(scenes, looks, strict=True)
     ]
     return SceneTable(
         np.array([BACKGROUNDS.index(look.background) for look in looks], np.int64),

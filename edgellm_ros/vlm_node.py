@@ -25,7 +25,7 @@ from rclpy.task import Future
 from std_msgs.msg import String
 
 from edgellm import LLM
-from edgellm.errors import ConfigError, EdgeLLMError, QueueFullError
+from edgellm.errors import ConfigError, EdgeLLMError, RequestError
 from edgellm_ros import msg, params
 from edgellm_ros.action import Generate
 from edgellm_ros.camera import Camera
@@ -238,10 +238,10 @@ class VlmNode(AsyncLifecycleNode):
         self._requests[request_id] = request
         worker = self._worker
         try:
-            if worker is None:
-                raise QueueFullError("the node was deactivated")
+            if worker is None or self.state != State.PRIMARY_STATE_ACTIVE:  # changed since the goal was accepted
+                raise RequestError("the node was deactivated before the request began; ask again")
             worker.submit(request.job)
-        except QueueFullError as error:
+        except RequestError as error:
             request.fail(str(error))
             return None
         self.publish_status()
