@@ -88,10 +88,10 @@ class Answer:
     """An answer under way. `chunks` grows while it streams; times are time.time() seconds.
 
     rclpy drops the feedback of a goal from the moment that its result has come, and a result can overtake feedback. So
-    the result is asked for when the last chunk is here or, should that be lost, when the node says that the goal is over.
+    the result is asked for when the last chunk is here or, should that be lost, when the node calls the goal over.
     """
 
-    def __init__(self, client: ModelClient, goal: Goal, on_text: Callable[[str], None] | None) -> None:
+    def __init__(self, client: ModelClient, goal: Generate.Goal, on_text: Callable[[str], None] | None) -> None:
         self.goal_id = uuid.uuid4().hex
         self.chunks: list[msg.TokenChunk] = []
         self.arrivals: list[float] = []
@@ -112,7 +112,7 @@ class Answer:
         self._error = ""
         client.call_soon(lambda: self._send(goal))
 
-    def _send(self, goal: Goal) -> None:
+    def _send(self, goal: Generate.Goal) -> None:
         goal_id = UUID(uuid=list(bytes.fromhex(self.goal_id)))
         sent = self._client.action.send_goal_async(goal, feedback_callback=self._on_feedback, goal_uuid=goal_id)
         sent.add_done_callback(self._on_goal_response)
@@ -278,11 +278,12 @@ class ModelClient:
         """Call `tell` with the reason of a rejection; ROS transports none, so it comes with the node's next status,
         the first that counts more than `rejected_before` rejections."""
         with self._changed:
-            known = self.status is not None and self.status.rejected > rejected_before
+            status = self.status
+            known = status is not None and status.rejected > rejected_before
             if not known:
                 self._untold.append((rejected_before, tell))
-        if known:
-            tell(self.status.last_rejection)
+        if status is not None and known:
+            tell(status.last_rejection)
             return
         timer = threading.Timer(REJECTION_WAIT_S, self._tell_rejected, (True,))
         timer.daemon = True

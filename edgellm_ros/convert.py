@@ -11,6 +11,7 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +112,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageError(f"image is {width}x{height} pixels; at most {max_pixels} pixels are accepted, make it smaller")
 
 
-def _pixels(message: Image, layout: Layout, rows: int) -> npt.NDArray[np.generic]:
+def _pixels(message: Image, layout: Layout, rows: int) -> npt.NDArray[np.integer[Any]]:
     """[rows, width, channels] view of the message's bytes, in the machine's byte order only if it is the message's."""
     dtype = np.dtype(layout.dtype).newbyteorder(">" if message.is_bigendian else "<")
     pixel = dtype.itemsize * layout.channels
@@ -154,21 +155,21 @@ def _yuv_to_rgb(y: RGB, u: RGB, v: RGB) -> RGB:
     return rgb.round().clip(0, 255).astype(np.uint8)
 
 
-def _from_yuv422(pixels: npt.NDArray[np.generic], encoding: str) -> RGB:
+def _from_yuv422(pixels: npt.NDArray[np.integer[Any]], encoding: str) -> RGB:
     luma_at = 1 if encoding in ("uyvy", "yuv422") else 0
     chroma = pixels[..., 1 - luma_at].astype(np.uint8)
     u, v = np.repeat(chroma[:, 0::2], 2, axis=1), np.repeat(chroma[:, 1::2], 2, axis=1)
     return _yuv_to_rgb(pixels[..., luma_at].astype(np.uint8), u, v)
 
 
-def _from_nv(rows: npt.NDArray[np.generic], message: Image) -> RGB:
+def _from_nv(rows: npt.NDArray[np.integer[Any]], message: Image) -> RGB:
     chroma = rows[message.height :].astype(np.uint8).repeat(2, axis=0)
     first, second = chroma[:, 0::2].repeat(2, axis=1), chroma[:, 1::2].repeat(2, axis=1)
     u, v = (first, second) if message.encoding == "nv12" else (second, first)
     return _yuv_to_rgb(rows[: message.height].astype(np.uint8), u, v)
 
 
-def _from_bayer(mosaic: npt.NDArray[np.generic], pattern: str) -> RGB:
+def _from_bayer(mosaic: npt.NDArray[np.integer[Any]], pattern: str) -> RGB:
     """Bilinear demosaicing: a colour is the mean of the nearest pixels that have it. `pattern`: the upper left 2x2."""
     height, width = mosaic.shape
     out = np.empty((height, width, 3), np.uint8)

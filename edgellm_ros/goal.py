@@ -22,7 +22,7 @@ IMAGE_SOURCES = {
 }
 
 
-def check_goal(goal: Goal) -> None:
+def check_goal(goal: Generate.Goal) -> None:
     """Raises RequestError for a goal that contradicts itself; prompt and image content are checked later."""
     if not goal.messages:
         raise RequestError("the goal has no messages; give at least one with role 'user'")

@@ -21,6 +21,7 @@ STOP_S = 10.0
 POLL_S = 0.02
 # Domains whose UDP ports (7400 + 250 * id ...) lie below the range that Linux gives to outgoing connections.
 DOMAIN_IDS = range(1, 101)
+DISCOVER_LOCALLY = ("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
 SHARED_MEMORY = re.compile(r"/dev/shm/fastrtps_\S+")
 
 
@@ -79,7 +80,7 @@ class Child:
 
     def kill(self) -> None:
         """End it and whatever it started, at once, and remove the shared memory that it can no longer remove itself."""
-        mapped = self._mapped_shared_memory()
+        mapped = self.mapped_shared_memory()
         self._signal(signal.SIGKILL)
         self.process.wait()
         for path in mapped:
@@ -89,7 +90,8 @@ class Child:
         if self.process.poll() is None:
             os.killpg(self.pid, number)
 
-    def _mapped_shared_memory(self) -> set[Path]:
+    def mapped_shared_memory(self) -> set[Path]:
+        """Fast DDS shared-memory files that it uses now, its own and its peers'."""
         try:
             return {Path(name) for name in SHARED_MEMORY.findall(Path(f"/proc/{self.pid}/maps").read_text())}
         except OSError:
@@ -136,12 +138,15 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # A second Ctrl-C must not leave anything behind.
+        mapped = {path for child in self._children for path in child.mapped_shared_memory()}
         handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in (signal.SIGINT, signal.SIGTERM)]
         for child in self._children:
             child.interrupt()
         give_up = time.monotonic() + STOP_S
         for child in self._children:
             child.stop(max(0.0, give_up - time.monotonic()))
+        for path in mapped:  # of a child that was killed by someone else
+            _remove_if_dead(path)
         for number, handler in handlers:
             signal.signal(number, handler)
 
@@ -149,7 +154,8 @@ class Children:
 def own_domain(environ: Mapping[str, str]) -> dict[str, str]:
     """Environment variables for a ROS graph of our own on this machine: a free domain, no other machines. What the user
     has set stays."""
-    own = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    local = ("ROS_LOCALHOST_ONLY", "1") if environ.get("ROS_DISTRO") == "humble" else DISCOVER_LOCALLY
+    own = dict([local])
     if not environ.get("ROS_DOMAIN_ID"):
         own["ROS_DOMAIN_ID"] = str(free_domain_id())
     return {**own, **{name: environ[name] for name in own if environ.get(name)}}

@@ -30,7 +30,7 @@ class ActiveRequest:
         self,
         node: VlmNode,
         request_id: str,
-        goal: Goal,
+        goal: Generate.Goal,
         feedback: Callable[[msg.TokenChunk], None] | None,
         on_result: Callable[[msg.GenerateResult], None],
     ) -> None:

@@ -7,6 +7,7 @@ newest when the engine can look at it. Nothing here blocks the caller.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from edgellm import LLM, Increment, RequestOutput, SamplingParams
 from edgellm.errors import EdgeLLMError, QueueFullError
 from edgellm.runtime.request import RequestHandle
 
+log = logging.getLogger(__name__)
 SHUTDOWN_WAIT_S = 10.0
 LAST_INCREMENT_WAIT_S = 1.0
 
@@ -104,6 +106,10 @@ class Worker:
         elif handle is not None:
             handle.cancel()
 
+    def _is_cancelled(self, job: Job) -> bool:
+        with self._condition:
+            return job.cancelled
+
     def drain(self, timeout_s: float) -> None:
         """Wait until all jobs have ended; cancel those that have not after `timeout_s`. The caller submits none now."""
         if self._wait_idle(timeout_s):
@@ -152,16 +158,20 @@ class Worker:
 
         try:
             messages, sampling = job.prepare()
-            if job.cancelled:
+            if self._is_cancelled(job):
                 return Outcome(waited_s=time.monotonic() - job.submitted_at)
             handle = self._llm.generate_async(messages, sampling, on_increment=on_increment, request_id=job.request_id)
         except EdgeLLMError as error:
             return Outcome(error=str(error), waited_s=time.monotonic() - job.submitted_at)
+        except Exception as error:
+            # A fault on one request must not take the slot with it: its client, and later ones, would wait for ever.
+            log.exception("request %s failed", job.request_id)
+            problem = " ".join(f"internal error: {type(error).__name__}: {error}".split())
+            return Outcome(error=problem, waited_s=time.monotonic() - job.submitted_at)
         engine_at = time.monotonic()
         with self._condition:
             job.handle = handle
-            cancelled = job.cancelled
-        if cancelled:
+        if self._is_cancelled(job):
             handle.cancel()
         output, problem = None, ""
         try:
