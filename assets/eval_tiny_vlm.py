@@ -3,6 +3,7 @@
     python -m assets.eval_tiny_vlm                                   # 1,000 held-out scene-question pairs
     python -m assets.eval_tiny_vlm --adapter terse                   # the same scenes, asked in the adapter's style
     python -m assets.eval_tiny_vlm --size 384x256 --jpeg 80 --count 200
+    python -m assets.eval_tiny_vlm --split live --count 8 --sheet docs/tiny_vlm.png  # a picture of them
 
 Run from the repository root. Nothing here uses edgellm: the model, tokenizer and image processor are those of
 `transformers`, the adapters are loaded by `peft`, and the answer must equal the right one character for character.
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -84,6 +87,22 @@ def results(asker: Asker, data: list[Example], size: tuple[int, int], jpeg: int,
         yield from asker.ask([picture(e, size, jpeg) for e in part], [e.question for e in part])
 
 
+def write_sheet(path: Path, data: list[Example], replies: list[str]) -> None:
+    """A contact sheet: each frame with its question, the model's answer and, where they differ, the right one."""
+    columns, width, height, caption, chars = 4, 246, 198, 66, 42
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(data) / columns) * (height + caption)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (example, reply) in enumerate(zip(data, replies, strict=True)):
+        left, top = number % columns * width, number // columns * (height + caption)
+        # Five bits per colour: sensor noise would make the file several times larger.
+        frame = ImageOps.posterize(picture(example, (320, 256)).resize((width - 6, height - 6)), 5)
+        sheet.paste(frame, (left + 3, top + 3))
+        said = reply if reply == example.answer else f"{reply} (WRONG: {example.answer})"
+        lines = textwrap.wrap(f"Q: {example.question}", chars) + textwrap.wrap(f"A: {said}", chars)
+        draw.multiline_text((left + 5, top + height), "\n".join(lines), fill="black", font_size=11, spacing=2)
+    sheet.save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL)
@@ -94,6 +113,7 @@ def main() -> None:
     parser.add_argument("--jpeg", type=int, default=0, help="compress the frames with this JPEG quality first")
     parser.add_argument("--batch", type=int, default=25)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch likes")
+    parser.add_argument("--sheet", type=Path, help="also draw the scenes, questions and answers into this PNG file")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -101,7 +121,9 @@ def main() -> None:
     data = list(examples(args.split, args.count, args.adapter or "plain", width / height))
     right, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
     asker = Asker(args.model, args.adapter)
+    replies = []
     for example, reply in zip(data, results(asker, data, (width, height), args.jpeg, args.batch), strict=True):
+        replies.append(reply)
         total[example.kind] += 1
         right[example.kind] += reply == example.answer
         if reply != example.answer:
@@ -112,6 +134,8 @@ def main() -> None:
     print(
         f"{'all':12} {sum(right.values()):4} / {sum(total.values()):4} = {100 * sum(right.values()) / len(data):.1f} %"
     )
+    if args.sheet:
+        write_sheet(args.sheet, data, replies)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Trainer:
         self.layouts: dict[tuple[tuple[int, int], tuple[int, ...]], Layout] = {}
         # A helper that is thrown away: it says which object each image token holds, so that the encoder learns to see
         # long before the answers can teach it.
-        self.sight = nn.Linear(model.config.text_config.hidden_size, NO_OBJECT + 1).to(self.device)
+        self.sight = nn.Linear(model.model.language_model.config.hidden_size, NO_OBJECT + 1).to(self.device)
         self.sight_weights = torch.ones(NO_OBJECT + 1, device=self.device)
         self.sight_weights[NO_OBJECT] = 0.2
         trained = [p for p in model.parameters() if p.requires_grad] + list(self.sight.parameters())
@@ -143,7 +144,7 @@ class Trainer:
         print(f"end: next --first-batch {args.first_batch + step + 1000}; {self.check()}", flush=True)
 
 
-def _as_is(batch: PackedBatch) -> PackedBatch:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
@@ -196,7 +197,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--steps", type=int, default=0, help="stop after so many steps instead of --minutes")
-    parser.add_argument("--batch", type=int, default=256, help="scenes per step; each carries about six questions")
+    parser.add_argument("--batch", type=int, default=256, help="scenes per step; each carries about nine turns")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--sight", type=float, default=0.3, help="weight of the auxiliary sight loss")
