@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
 from rclpy.executors import Executor
 from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.qos import QoSProfile
 from rclpy.task import Future
 from std_msgs.msg import String
 
@@ -32,13 +31,12 @@ from edgellm_ros.camera import Camera
 from edgellm_ros.lifecycle import AsyncLifecycleNode, Completion, in_thread
 from edgellm_ros.node_main import run_node
 from edgellm_ros.request import ActiveRequest
+from edgellm_ros.status import Status
 from edgellm_ros.worker import Worker
 
 TOKENS_QOS = QoSProfile(depth=200)
 RELIABLE_QOS = QoSProfile(depth=10)
-STATUS_QOS = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 RESULT_TIMEOUT_S = 60
-STATUS_PERIOD_S = 1.0
 
 
 class VlmNode(AsyncLifecycleNode):
@@ -50,13 +48,18 @@ class VlmNode(AsyncLifecycleNode):
         self._worker: Worker | None = None
         self._llm: LLM | None = None
         self._requests: dict[str, ActiveRequest] = {}
-        self._status = msg.NodeStatus(message="not configured", engine_dir=self.parameter("engine_dir"))
-        self._status_lock = threading.Lock()
         self.tokens = self.create_publisher(msg.TokenChunk, "~/tokens", TOKENS_QOS)
         self._text = self.create_publisher(String, "~/text", RELIABLE_QOS)
         self._response = self.create_publisher(msg.GenerateResult, "~/response", RELIABLE_QOS)
-        self._status_publisher = self.create_publisher(msg.NodeStatus, "~/status", STATUS_QOS)
         self.camera = Camera(self, self.reentrant)
+        self._status = Status(
+            self,
+            self.reentrant,
+            self._live_status,
+            message="not configured",
+            engine_dir=self.parameter("engine_dir"),
+            max_queue=self.parameter("max_queue"),
+        )
         self.create_subscription(String, "prompt", self._on_prompt, RELIABLE_QOS, callback_group=self.reentrant)
         self._action = ActionServer(
             self,
@@ -69,8 +72,7 @@ class VlmNode(AsyncLifecycleNode):
             feedback_pub_qos_profile=TOKENS_QOS,
             result_timeout=RESULT_TIMEOUT_S,
         )
-        self.create_timer(STATUS_PERIOD_S, self._on_status_timer, callback_group=self.reentrant)
-        self.publish_status()
+        self._status.publish()
 
     def parameter(self, name: str) -> Any:
         """The present value of a parameter."""
@@ -84,26 +86,34 @@ class VlmNode(AsyncLifecycleNode):
         if not engine_dir:
             raise ConfigError("parameter engine_dir is empty; set it to an engine directory made by `edgellm build`")
         threads = self.parameter("num_threads") or None
-        self.publish_status(message=f"loading {engine_dir}")
+        self._status.publish(message=f"loading {engine_dir}")
         llm: LLM = await in_thread(self.executor, lambda: LLM(engine_dir, num_threads=threads))
         self._llm = llm
-        self._worker = Worker(llm, llm.config.limits.max_batch_size, self.parameter("max_queue"), self.publish_status)
-        self._status.model_type, self._status.backend = llm.config.model_type, llm.config.backend
-        self._status.accepts_images = llm.config.vision is not None
-        self.publish_status(message=f"loaded {engine_dir}", last_error="")
-        self.get_logger().info(f"loaded {engine_dir}: {llm.config.model_type} on {llm.config.backend}")
+        config = llm.config
+        self._worker = Worker(llm, config.limits.max_batch_size, self.parameter("max_queue"), self._status.changed)
+        # What is loaded stays; without this the garbage collector would look through all of it while answers stream.
+        gc.collect()
+        gc.freeze()
+        self._status.publish(
+            message=f"loaded {engine_dir}",
+            model_type=config.model_type,
+            backend=config.backend,
+            accepts_images=config.vision is not None,
+            last_error="",
+        )
+        self.get_logger().info(f"loaded {engine_dir}: {config.model_type} on {config.backend}")
 
     async def activate(self) -> None:
         """From now on requests are accepted (the state itself is the switch)."""
-        self._status.message = "ready"
+        self._status.publish(message="ready")
 
     async def deactivate(self) -> None:
         """No new requests (the state says so); accepted ones get `drain_timeout` seconds, then they are cancelled."""
         worker, timeout = self._worker, self.parameter("drain_timeout")
         assert worker is not None
-        self.publish_status(message="waiting for accepted requests")
+        self._status.publish(message="waiting for accepted requests")
         await in_thread(self.executor, lambda: worker.drain(timeout))
-        self._status.message = "loaded, not active"
+        self._status.publish(message="loaded, not active")
 
     async def cleanup(self) -> None:
         """Free the engine."""
@@ -116,20 +126,18 @@ class VlmNode(AsyncLifecycleNode):
             llm.close()
 
         await in_thread(self.executor, free)
+        gc.unfreeze()
         gc.collect()
-        self._status.model_type = self._status.backend = ""
-        self._status.accepts_images = False
-        self._status.message = "not configured"
+        self._status.publish(message="not configured", model_type="", backend="", accepts_images=False)
 
     def state_changed(self) -> None:
         """Tell everyone."""
-        self.publish_status()
+        self._status.publish()
 
     def step_failed(self, name: str, error: EdgeLLMError) -> None:
         """Say why on the log and on `~/status`."""
         self.get_logger().error(f"{name} failed: {error}")
-        now = self.get_clock().now().to_msg()
-        self.publish_status(message=f"{name} failed: {error}", last_error=str(error), last_error_stamp=now)
+        self._status.error(str(error), message=f"{name} failed: {error}")
 
     async def stop(self) -> None:
         """Cancel what is running and free the engine: the process ends."""
@@ -141,42 +149,28 @@ class VlmNode(AsyncLifecycleNode):
             await in_thread(self.executor, worker.close)
             await in_thread(self.executor, llm.close)
 
-    # Status
+    def _live_status(self) -> dict[str, Any]:
+        worker = self._worker
+        return {
+            "state": self.state,
+            "running": worker.running if worker else 0,
+            "queued": worker.queued if worker else 0,
+            "images_received": self.camera.received,
+        }
 
-    def publish_status(self, count: str | None = None, **changes: Any) -> None:
-        """Publish `~/status`, with `changes` of its fields and one more in the counter `count`; from any thread."""
-        with self._status_lock:
-            status, worker = self._status, self._worker
-            if count:
-                changes[count] = getattr(status, count) + 1
-            for field, value in changes.items():
-                setattr(status, field, value)
-            status.header.stamp = self.get_clock().now().to_msg()
-            status.state = self.state
-            status.running = worker.running if worker else 0
-            status.queued = worker.queued if worker else 0
-            status.max_queue = self.parameter("max_queue")
-            status.images_received = self.camera.received
-            self._status_publisher.publish(status)
-
-    def _on_status_timer(self) -> None:
-        if self.state == State.PRIMARY_STATE_ACTIVE:
-            self.publish_status()
+    # Requests
 
     def _refusal(self) -> str | None:
         """Why a request that comes now would be rejected; None if it would not."""
         if self.state != State.PRIMARY_STATE_ACTIVE or self._worker is None:
-            return f"the node is not active ({self._status.message}); configure and activate it"
+            return f"the node is not active ({self._status.message.message}); configure and activate it"
         if self._worker.full:
             return f"the queue is full ({self._worker.running} running, {self._worker.queued} waiting); try again later"
         return None
 
     def _reject(self, what: str, reason: str) -> None:
         self.get_logger().warning(f"{what} rejected: {reason}")
-        now = self.get_clock().now().to_msg()
-        self.publish_status("rejected", last_rejection=reason, last_rejection_stamp=now)
-
-    # Requests
+        self._status.rejection(reason)
 
     def _on_prompt(self, message: String) -> None:
         refusal = self._refusal()
@@ -184,7 +178,7 @@ class VlmNode(AsyncLifecycleNode):
             self._reject("prompt", refusal)
             return
         goal = Generate.Goal(messages=[msg.ChatMessage(role=msg.ChatMessage.ROLE_USER, text=message.data)])
-        if self._status.accepts_images and self.parameter("prompt_image") == "latest":
+        if self._status.message.accepts_images and self.parameter("prompt_image") == "latest":
             goal.image_source = Generate.Goal.IMAGE_LATEST
         self._submit(uuid.uuid4().hex, goal, None, lambda result: None)
 
@@ -244,20 +238,20 @@ class VlmNode(AsyncLifecycleNode):
         except RequestError as error:
             request.fail(str(error))
             return None
-        self.publish_status()
+        self._status.changed()
         return request
 
     def _publish_result(self, result: msg.GenerateResult) -> None:
         self._response.publish(result)
         if result.status == msg.GenerateResult.STATUS_SUCCEEDED:
             self._text.publish(String(data=result.text))
-            self.publish_status("succeeded")
+            self._status.count("succeeded")
         elif result.status == msg.GenerateResult.STATUS_CANCELED:
-            self.publish_status("canceled")
+            self._status.count("canceled")
         else:
             self.get_logger().error(f"request {result.request_id[:8]} failed: {result.error}")
-            now = self.get_clock().now().to_msg()
-            self.publish_status("aborted", last_error=result.error, last_error_stamp=now)
+            self._status.count("aborted")
+            self._status.error(result.error)
 
 
 def request_id_of(handle: ServerGoalHandle) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def test_cameras_that_are_missing_broken_or_stale(
     show("/lonely/image", Image(height=2, width=2, encoding="rgb9", step=6, data=array.array("B", bytes(12))))
     assert_fails(lonely, QUESTION, {**latest, "max_image_age": 60.0}, "encoding 'rgb9'")
     show("/lonely/image", to_message(FRAME))
+    time.sleep(0.6)
     assert_fails(lonely, QUESTION, latest, r"is \d+\.\d s old, more than the 0\.5 s allowed")
     recent = {**latest, "max_image_age": 60.0}
     assert lonely.model.ask(QUESTION, **recent).wait(WAIT_S).text == "I see nothing."
