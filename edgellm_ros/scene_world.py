@@ -136,7 +136,7 @@ def sample_scene(rng: np.random.Generator, aspect: float = DEFAULT_ASPECT) -> Sc
         placed = _place(rng, objects, color, shape, aspect)
         if placed is not None:
             objects.append(placed)
-    rng.shuffle(objects)  # type: ignore[arg-type]  # numpy shuffles any mutable sequence
+    rng.shuffle(objects)
     return Scene(aspect=aspect, look=_sample_look(rng), objects=objects)
 
 

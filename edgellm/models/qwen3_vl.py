@@ -82,9 +82,11 @@ class VisualAttention(nn.Module):
         """`x_PE` → [P, E]; cosines and sines [P, 1, D / 2]."""
         patches = x_PE.shape[0]
         q, k, v = self.qkv(x_PE).view(patches, 3, self.num_heads, -1).unbind(1)
-        q, k = (_rotate(t, cos_P1D, sin_P1D) for t in (q, k))
+        # The scale goes into the fp32 rotation: as a constant in a half-precision graph it would be rounded.
+        scale = q.shape[-1] ** -0.5
+        q, k = _rotate(q, cos_P1D * scale, sin_P1D * scale), _rotate(k, cos_P1D, sin_P1D)
         q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=1.0)
         projected: torch.Tensor = self.proj(out[0].transpose(0, 1).reshape(patches, -1))
         return projected
 

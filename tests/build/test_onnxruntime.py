@@ -131,8 +131,7 @@ def test_visual_engine(pair: tuple[Engine, Engine, Any, torch.nn.Module]) -> Non
         outputs = {n: torch.full_like(e, torch.nan) for n, e in zip(spec.output_names, expected, strict=True)}
         engine.run("encode", inputs, outputs)
         for name, reference in zip(spec.output_names, expected, strict=True):
-            # relative: onnxruntime's LayerNormalization takes the variance as E[x²] − E[x]², and loses digits by it
-            assert (outputs[name] - reference).abs().max() <= LIMIT * reference.abs().max(), name
+            assert (outputs[name] - reference).abs().max() <= LIMIT, name
 
 
 def test_graph_is_fused(tiny_engine: Path, tmp_path: Path) -> None:
