@@ -102,9 +102,9 @@ class ActiveRequest:
             finish_reason=finish_reason,
         )
         self._next_seq += 1
+        self._node.tokens.publish(chunk)
         if self._feedback is not None:
             self._feedback(chunk)
-        self._node.tokens.publish(chunk)
 
     def _finish(self, outcome: Outcome) -> None:
         result = self._result(outcome)
@@ -125,7 +125,7 @@ class ActiveRequest:
             result.image_age = self._age_s + (reached - self._age_at) + queued_s
         result.timing.queue_s = outcome.waited_s
         if outcome.output is not None:
-            _fill(result, outcome.output, outcome.waited_s)
+            _fill(result, outcome.output, outcome)
         elif not outcome.error:
             result.finish_reason = msg.TokenChunk.FINISH_CANCELLED
         result.status = msg.GenerateResult.STATUS_SUCCEEDED
@@ -140,7 +140,7 @@ class ActiveRequest:
         return result
 
 
-def _fill(result: msg.GenerateResult, output: RequestOutput, waited_s: float) -> None:
+def _fill(result: msg.GenerateResult, output: RequestOutput, outcome: Outcome) -> None:
     """Text, usage and timings; the library's times count from when it had the input, the message's from acceptance."""
     usage, timing = output.usage, output.timing
     result.text, result.finish_reason = output.text, output.outputs[0].finish_reason
@@ -150,10 +150,11 @@ def _fill(result: msg.GenerateResult, output: RequestOutput, waited_s: float) ->
         reused_tokens=usage.reused_tokens,
     )
     result.timing = msg.Timing(
-        queue_s=waited_s + timing.queue_s,
+        queue_s=outcome.waited_s + timing.queue_s,
+        prepare_s=outcome.prepare_s,
         vision_s=timing.vision_s,
         prefill_s=timing.prefill_s,
-        ttft_s=waited_s + timing.ttft_s if usage.completion_tokens else 0.0,
+        ttft_s=outcome.waited_s + outcome.prepare_s + timing.ttft_s if usage.completion_tokens else 0.0,
         decode_s=timing.decode_s,
         tokens_per_s=timing.tokens_per_s,
     )

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from lifecycle_msgs.msg import State
 from rclpy.action import ActionServer, CancelResponse, GoalResponse
 from rclpy.action.server import ServerGoalHandle
@@ -23,7 +24,7 @@ from rclpy.qos import QoSProfile
 from rclpy.task import Future
 from std_msgs.msg import String
 
-from edgellm import LLM
+from edgellm import LLM, SamplingParams
 from edgellm.errors import ConfigError, EdgeLLMError, RequestError
 from edgellm_ros import msg, params
 from edgellm_ros.action import Generate
@@ -37,6 +38,7 @@ from edgellm_ros.worker import Worker
 TOKENS_QOS = QoSProfile(depth=200)
 RELIABLE_QOS = QoSProfile(depth=10)
 RESULT_TIMEOUT_S = 60
+WARM_UP_IMAGE = np.zeros((256, 320, 3), np.uint8)
 
 
 class VlmNode(AsyncLifecycleNode):
@@ -87,7 +89,7 @@ class VlmNode(AsyncLifecycleNode):
             raise ConfigError("parameter engine_dir is empty; set it to an engine directory made by `edgellm build`")
         threads = self.parameter("num_threads") or None
         self._status.publish(message=f"loading {engine_dir}")
-        llm: LLM = await in_thread(self.executor, lambda: LLM(engine_dir, num_threads=threads))
+        llm: LLM = await in_thread(self.executor, lambda: load(engine_dir, threads))
         self._llm = llm
         config = llm.config
         self._worker = Worker(llm, config.limits.max_batch_size, self.parameter("max_queue"), self._status.changed)
@@ -252,6 +254,19 @@ class VlmNode(AsyncLifecycleNode):
             self.get_logger().error(f"request {result.request_id[:8]} failed: {result.error}")
             self._status.count("aborted")
             self._status.error(result.error)
+
+
+def load(engine_dir: str, num_threads: int | None) -> LLM:
+    """Load an engine and answer one request with it: what is used for the first time takes many times as long.
+
+    Raises EngineDirError, and RequestError for a model that cannot be talked to in chat messages.
+    """
+    llm = LLM(engine_dir, num_threads=num_threads)
+    content: list[dict[str, Any]] = [{"type": "text", "text": "Hello"}]
+    if llm.config.vision is not None:
+        content.insert(0, {"type": "image", "image": WARM_UP_IMAGE})
+    llm.generate([{"role": "user", "content": content}], SamplingParams(max_tokens=2, ignore_eos=True))
+    return llm
 
 
 def request_id_of(handle: ServerGoalHandle) -> str:

@@ -30,8 +30,9 @@ class Outcome:
 
     output: RequestOutput | None = None
     error: str = ""
-    waited_s: float = 0.0  # from submission until the engine had the job's input (or the job ended without it)
-    engine_at: float = 0.0  # time.monotonic() when the engine had the job's input
+    waited_s: float = 0.0  # from submission until a slot took the job up (or it ended without)
+    prepare_s: float = 0.0  # from then until the engine had the job's input
+    engine_at: float = 0.0  # time.monotonic() at that moment
 
 
 @dataclass(eq=False)
@@ -149,6 +150,8 @@ class Worker:
             self._on_change()
 
     def _run(self, job: Job) -> Outcome:
+        started = time.monotonic()
+        waited = started - job.submitted_at
         last_seen = threading.Event()
 
         def on_increment(increment: Increment) -> None:
@@ -159,15 +162,15 @@ class Worker:
         try:
             messages, sampling = job.prepare()
             if self._is_cancelled(job):
-                return Outcome(waited_s=time.monotonic() - job.submitted_at)
+                return Outcome(waited_s=waited)
             handle = self._llm.generate_async(messages, sampling, on_increment=on_increment, request_id=job.request_id)
         except EdgeLLMError as error:
-            return Outcome(error=str(error), waited_s=time.monotonic() - job.submitted_at)
+            return Outcome(error=str(error), waited_s=waited)
         except Exception as error:
             # A fault on one request must not take the slot with it: its client, and later ones, would wait for ever.
             log.exception("request %s failed", job.request_id)
             problem = " ".join(f"internal error: {type(error).__name__}: {error}".split())
-            return Outcome(error=problem, waited_s=time.monotonic() - job.submitted_at)
+            return Outcome(error=problem, waited_s=waited)
         engine_at = time.monotonic()
         with self._condition:
             job.handle = handle
@@ -180,4 +183,4 @@ class Worker:
             problem = str(error)
         # The result can be there a moment before the engine's thread has handed out the last increment.
         last_seen.wait(LAST_INCREMENT_WAIT_S)
-        return Outcome(output, problem, engine_at - job.submitted_at, engine_at)
+        return Outcome(output, problem, waited, engine_at - started, engine_at)
