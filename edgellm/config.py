@@ -88,6 +88,20 @@ class BuildConfig:
 
 
 @dataclass(frozen=True)
+class KvCacheConfig:
+    """How the runtime uses KV memory beside the slots of the batch.
+
+    `prompt_cache_bytes` bounds the copies of system prompts and earlier turns (0: keep none).
+    """
+
+    prompt_cache_bytes: int = 64 * 2**20
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt_cache_bytes, int) or self.prompt_cache_bytes < 0:
+            raise ConfigError(f"prompt_cache_bytes is {self.prompt_cache_bytes!r}; it must be a number of bytes or 0")
+
+
+@dataclass(frozen=True)
 class OnnxConfig:
     """`config.json` of an ONNX directory: what was exported.
 

@@ -1,23 +1,30 @@
 """The engine's thread: admits requests, runs prefill and decode steps, samples, and hands out what was generated.
 
-In every iteration at most one waiting request is prefilled, then all running requests decode one token together, so a
-stream never waits for more than one prompt.
+In every iteration at most one chunk of one prompt is prefilled, then all other running requests decode one token
+together: a long prompt delays a stream by no more than one chunk.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from edgellm.errors import EdgeLLMError, EngineError
 from edgellm.runtime.model_runner import ModelRunner
+from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
 from edgellm.runtime.sampling import RowParams, sample
-from edgellm.runtime.scheduler import Scheduler
+from edgellm.runtime.scheduler import Move, Scheduler
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,95 @@ class _Ending:
     stop_reason: str | int | None = None
 
 
-log = logging.getLogger(__name__)
-
-
 class EngineLoop:
     """Everything that happens on the engine's thread; `run` is the thread's body."""
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        prompt_cache: PromptCache,
+        eos_token_ids: frozenset[int],
+        prefill_chunk: int,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
+        self._prompt_cache = prompt_cache
         self._eos_token_ids = eos_token_ids
+        self._prefill_chunk = prefill_chunk
         self._rows: RowParams | None = None
+        self._calls: list[Callable[[], None]] = []
+        self._calls_lock = threading.Lock()
+        self._called = threading.Event()
+        self._over = False
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the engine's thread between two steps; from any other thread."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as e:  # noqa: BLE001  (raised again where the future is awaited)
+                future.set_exception(e)
+
+        with self._calls_lock:
+            if self._over:
+                raise EngineError("the engine has been closed; load it again")
+            self._calls.append(run)
+            self._called.set()
+        self._scheduler.poke()
+        return future
 
     def run(self) -> None:
         """Work until the scheduler is stopped; then every open request ends as cancelled."""
-        while self._scheduler.wait():
-            self._end_cancelled()
-            request = self._scheduler.admit()
-            if request is not None:
-                self._rows = None
-                self._guarded([request], self._prefill)
-            if self._scheduler.running:
-                self._guarded(list(self._scheduler.running), self._decode)
-        for request in (*self._scheduler.take_waiting(), *list(self._scheduler.running)):
+        while self._scheduler.wait(self._called):
+            self.step()
+        for request in (*self._scheduler.take_waiting(), *self._scheduler.running):
             self._end(request, _Ending("cancelled"))
+        with self._calls_lock:
+            self._over = True
+        self._answer_calls()
 
-    def _end_cancelled(self) -> None:
-        for request in (*self._scheduler.take_cancelled(), *[r for r in self._scheduler.running if r.cancelled]):
-            self._end(request, _Ending("cancelled"))
+    def step(self) -> None:
+        """One iteration."""
+        self._answer_calls()
+        self._end_what_is_over()
+        self._displace()
+        request = self._scheduler.admit()
+        if request is not None:
+            self._guarded([request], self._start)
+        if self._scheduler.prefilling is not None:
+            self._guarded([self._scheduler.prefilling], self._prefill)
+        if self._scheduler.decoding:
+            self._guarded(list(self._scheduler.decoding), self._decode)
+
+    def _answer_calls(self) -> None:
+        with self._calls_lock:
+            calls, self._calls = self._calls, []
+            self._called.clear()
+        for call in calls:
+            call()
+
+    def _end_what_is_over(self) -> None:
+        now = time.perf_counter()
+        over = [r for r in self._scheduler.running if r.cancelled or r.deadline_at < now]
+        for request in (*self._scheduler.take_over(), *over):
+            self._end(request, _Ending("cancelled" if request.cancelled else "deadline"))
+
+    def _displace(self) -> None:
+        """Make room for a more urgent request; the displaced one keeps a copy of its KV."""
+        victim = self._scheduler.displaced()
+        if victim is not None:
+            victim.saved = self._runner.kv_cache.save(self._scheduler.slot_of(victim), victim.cached_tokens)
+            self._follow(self._scheduler.requeue(victim))
+
+    def _follow(self, move: Move | None) -> None:
+        """Move KV after the scheduler; the batch has changed."""
+        self._rows = None
+        if move is not None:
+            moved = self._scheduler.decoding[move.target]
+            self._runner.move_slot(move.source, move.target, moved.cached_tokens)
 
     def _guarded(self, requests: list[Request], step: Callable[[list[Request]], None]) -> None:
         """Run a step; what it raises fails the requests it ran for, and no others."""
@@ -75,13 +143,51 @@ class EngineLoop:
             if request in self._scheduler.running:
                 self._end(request, _Ending("error"), error)
 
+    def _start(self, requests: list[Request]) -> None:
+        """Put what is known of the request's KV into its slot: its own, or a prefix from the prompt cache."""
+        (request,) = requests
+        slot = self._scheduler.slot_of(request)
+        request.started_at = request.started_at or time.perf_counter()
+        self._runner.begin(slot, request)
+        if request.saved is not None:
+            self._runner.kv_cache.restore(slot, request.saved, request.saved.length)
+            request.saved = None
+            if request.output_ids:
+                self._follow(self._scheduler.promote())
+            return
+        entry, shared = self._prompt_cache.lookup(request.key, request.adapter)
+        shared = min(shared, len(request.key) - 1)  # the last token is always computed: its logits are wanted
+        if entry is not None and shared > 0:
+            self._runner.kv_cache.restore(slot, entry.slot, shared)
+            request.prefilled = request.reused = shared
+
     def _prefill(self, requests: list[Request]) -> None:
         (request,) = requests
-        request.started_at = time.perf_counter()
-        features = self._runner.encode_images(request)
-        logits = self._runner.prefill(self._scheduler.running.index(request), request, features)
+        self._runner.encode_images(request)
+        end = min(len(request.token_ids), request.prefilled + self._prefill_chunk)
+        logits = self._runner.prefill(self._scheduler.slot_of(request), request, end)
+        request.prefilled = end
+        if end < len(request.token_ids):
+            return
+        request.features = []
+        if request.pin_as is not None:
+            self._pin(request)
+            return
         rows = RowParams.from_params([request.params], [request.seed])
-        self._accept(requests, sample(logits, rows, torch.zeros(1, dtype=torch.int64)))
+        token = sample(logits, rows, torch.zeros(1, dtype=torch.int64))
+        self._follow(self._scheduler.promote())
+        self._accept(requests, token)
+
+    def _pin(self, request: Request) -> None:
+        assert request.pin_as is not None
+        saved = self._runner.kv_cache.save(self._scheduler.slot_of(request), request.prefilled)
+        self._prompt_cache.drop(request.pin_as)
+        if not self._prompt_cache.insert(Entry(request.key, request.adapter, saved, request.pin_as)):
+            raise EngineError(
+                f"system prompt {request.pin_as!r} takes {saved.nbytes} bytes, more than is left of the prompt cache's "
+                f"{self._prompt_cache.max_bytes}; drop another or raise prompt_cache_bytes"
+            )
+        self._end(request, _Ending("stop"))
 
     def _decode(self, requests: list[Request]) -> None:
         if self._rows is None:
@@ -124,11 +230,10 @@ class EngineLoop:
     def _end(self, request: Request, ending: _Ending, error: EdgeLLMError | None = None) -> None:
         """Free the request's slot and deliver its last increment and outcome."""
         if request in self._scheduler.running:
-            moved = self._scheduler.leave(request)
-            self._rows = None
-            if moved is not None:
-                source, target = moved
-                self._runner.move_slot(source, target, self._scheduler.running[target].cached_tokens)
+            if error is None and request.pin_as is None:
+                self._keep(request)
+            self._follow(self._scheduler.leave(request))
+        request.saved, request.features = None, []
         text, whole = ending.text, ""
         if request.detokenizer is not None:
             # a stop string has taken what was held back with it
@@ -137,3 +242,13 @@ class EngineLoop:
         now = request.last_token_at or time.perf_counter()
         last = request.increment(text, ending.token_ids, ending.finish_reason, now)
         request.handle.push(last, error or request.output(whole, ending.finish_reason, ending.stop_reason))
+
+    def _keep(self, request: Request) -> None:
+        """Copy the request's KV into the prompt cache, for a next turn, if it fits and is worth more than is there."""
+        length, cache = request.cached_tokens, self._prompt_cache
+        if not 0 < length * self._runner.kv_cache.bytes_per_token <= cache.max_bytes:
+            return
+        key = request.cached_key
+        if not cache.covers(key, request.adapter):
+            saved = self._runner.kv_cache.save(self._scheduler.slot_of(request), length)
+            cache.insert(Entry(key, request.adapter, saved))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from edgellm import progress
+from edgellm.config import KvCacheConfig
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
 from edgellm.errors import RequestError
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
 from edgellm.runtime.model_runner import ModelRunner
+from edgellm.runtime.prompt_cache import Entry, PromptCache, common_prefix, prompt_key
 from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOutput
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.runtime.scheduler import Scheduler
@@ -26,11 +32,22 @@ Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
 """Text (used as it is, without a chat template), token ids, or chat messages, which may hold images."""
 
 
+@dataclass(frozen=True)
+class SystemPromptInfo:
+    """A pinned system prompt: its tokens and the memory of its KV."""
+
+    name: str
+    tokens: int
+    nbytes: int
+    already_cached: bool
+
+
 class LLM:
     """A loaded engine directory. Safe to use from several threads; requests share the batch of one engine thread.
 
     `num_threads` bounds the CPU threads of a step (None: every core this process may use); `max_queue` the requests
-    that may wait. With `skip_tokenizer_init` prompts are token ids and answers carry no text.
+    that may wait; `prefill_chunk` the prompt tokens that are prefilled between two decode steps. With
+    `skip_tokenizer_init` prompts are token ids and answers carry no text.
     Raises EngineDirError for a directory that is missing, changed or of another version.
     """
 
@@ -42,6 +59,8 @@ class LLM:
         skip_tokenizer_init: bool = False,
         num_threads: int | None = None,
         max_queue: int = 64,
+        kv_cache_config: KvCacheConfig | None = None,
+        prefill_chunk: int = 256,
     ) -> None:
         directory = Path(engine_dir)
         self.config: EngineConfig = read_manifest(directory)
@@ -64,9 +83,9 @@ class LLM:
         self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
         self._counter = itertools.count()
-        self._thread = threading.Thread(
-            target=EngineLoop(self._scheduler, runner, eos).run, name="edgellm-engine", daemon=True
-        )
+        self._prompt_cache = PromptCache((kv_cache_config or KvCacheConfig()).prompt_cache_bytes)
+        self._loop = EngineLoop(self._scheduler, runner, self._prompt_cache, eos, prefill_chunk)
+        self._thread = threading.Thread(target=self._loop.run, name="edgellm-engine", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> LLM:
@@ -89,7 +108,7 @@ class LLM:
         params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params; give one or as many")
-        prepared = [self._prepare(p, s, None, None) for p, s in zip(prompts, params, strict=True)]
+        prepared = [self._prepare(p, s) for p, s in zip(prompts, params, strict=True)]
         return self._run_all(prepared)
 
     def generate_async(
@@ -99,15 +118,65 @@ class LLM:
         *,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        client: str = "",
     ) -> RequestHandle:
         """Start answering `prompt` and return at once. Tokenizing and image preprocessing happen in this thread.
 
-        `on_increment` is called on the engine's thread right after each token; it must be short.
+        `on_increment` is called on the engine's thread right after each token; it must be short. A request of higher
+        `priority` goes first and displaces one of lower priority, which goes on later; among equals the `client` that
+        has been served least goes first. After `deadline_s` seconds the request ends with what it has ("deadline").
         Raises RequestError for a prompt or image that cannot be accepted, QueueFullError when too many are waiting.
         """
         request = self._prepare(prompt, sampling_params, on_increment, request_id)
+        request.priority, request.client = _checked_priority(priority), client
+        if deadline_s is not None:
+            request.deadline_at = request.submitted_at + _checked_deadline(deadline_s)
         self._scheduler.submit(request)
         return request.handle
+
+    def cache_system_prompt(self, name: str, text: str) -> SystemPromptInfo:
+        """Prefill the system prompt `text` now and keep its KV, pinned under `name`: conversations that begin with it
+        start sooner. Waits until it is done; at once if that name already holds that text.
+
+        Raises RequestError when it does not fit into the prompt cache or the model's input.
+        """
+        ids = self._system_prompt_ids(text)
+        for info, entry in self._pinned():
+            if info.name == name and np.array_equal(entry.key, ids):
+                return dataclasses.replace(info, already_cached=True)
+        request = self._prepare(ids, SamplingParams(max_tokens=1))
+        request.pin_as = name
+        self._scheduler.submit(request)
+        request.handle.result()
+        return next(info for info in self.system_prompts() if info.name == name)
+
+    def system_prompts(self) -> list[SystemPromptInfo]:
+        """The pinned system prompts."""
+        return [info for info, _ in self._pinned()]
+
+    def drop_system_prompt(self, name: str) -> None:
+        """Forget a pinned system prompt; raises RequestError when there is none of that name."""
+        if not self._loop.call(lambda: self._prompt_cache.drop(name)).result():
+            known = ", ".join(sorted(i.name for i in self.system_prompts())) or "none"
+            raise RequestError(f"no system prompt {name!r} is cached; cached are: {known}")
+
+    def clear_prompt_cache(self) -> None:
+        """Forget earlier turns; pinned system prompts stay."""
+        self._loop.call(self._prompt_cache.clear).result()
+
+    def _pinned(self) -> list[tuple[SystemPromptInfo, Entry]]:
+        entries = self._loop.call(lambda: [e for e in self._prompt_cache.entries if e.name is not None]).result()
+        return [(SystemPromptInfo(str(e.name), len(e.key), e.slot.nbytes, False), e) for e in entries]
+
+    def _system_prompt_ids(self, text: str) -> list[int]:
+        """What every conversation with this system prompt begins with: the common tokens of two of them."""
+        conversations = [
+            self._tokenize([{"role": "system", "content": text}, {"role": "user", "content": user}])[1]
+            for user in ("a", "b")
+        ]
+        return conversations[0][: common_prefix(*(np.asarray(c) for c in conversations))]
 
     @property
     def queue_depth(self) -> int:
@@ -140,8 +209,8 @@ class LLM:
         self,
         prompt: Prompt,
         params: SamplingParams | None,
-        on_increment: Callable[[Increment], None] | None,
-        request_id: str | None,
+        on_increment: Callable[[Increment], None] | None = None,
+        request_id: str | None = None,
     ) -> Request:
         params = params or SamplingParams()
         text, token_ids, images = self._tokenize(prompt)
@@ -157,12 +226,15 @@ class LLM:
                 f"the prompt has {len(token_ids)} tokens{of_images}, the engine takes {limits.max_input_len}; shorten "
                 "it, send smaller images, or build with a larger --max-input-len"
             )
+        image_token_id = self._visual_runner.image_token_id if self._visual_runner is not None else -1
         identity = request_id or f"request-{next(self._counter)}"
         request = Request(
             request_id=identity,
             prompt=text,
             token_ids=token_ids,
+            key=prompt_key(token_ids, images, image_token_id),
             images=images,
+            image_token_id=image_token_id,
             positions_3S=positions,
             next_position=next_position,
             params=params,
@@ -201,6 +273,18 @@ class LLM:
         if bad is not None:
             raise RequestError(f"the prompt holds token id {bad}, the model's vocabulary has 0 to {size - 1}")
         return ids
+
+
+def _checked_priority(priority: int) -> int:
+    if not isinstance(priority, int) or not -(2**31) <= priority < 2**31:
+        raise RequestError(f"priority is {priority!r}; it must be a whole number, higher for more urgent")
+    return priority
+
+
+def _checked_deadline(deadline_s: float) -> float:
+    if not isinstance(deadline_s, (int, float)) or not deadline_s > 0:
+        raise RequestError(f"deadline_s is {deadline_s!r}; it must be a number of seconds above 0")
+    return float(deadline_s)
 
 
 def _is_one_prompt(prompts: Any) -> bool:

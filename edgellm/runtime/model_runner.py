@@ -6,6 +6,7 @@ Shape letters: B running requests, S prompt tokens, H hidden size, V vocabulary,
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from edgellm.engines.base import Engine, backend
 from edgellm.runtime.kv_cache import KVCache
 from edgellm.runtime.request import Request
 from edgellm.runtime.rope import RopeTable
-from edgellm.vision.base import VisualFeatures, VisualRunner
+from edgellm.vision.base import PreparedImage, VisualFeatures, VisualRunner
+
+FEATURE_CACHE_IMAGES = 8
+"""Encoder results kept by content hash: the images of a conversation's earlier turns need not be encoded again."""
 
 
 class ModelRunner:
@@ -40,6 +44,7 @@ class ModelRunner:
         self._rope = RopeTable(
             config.decoder.rope, rope_names, limits.max_batch_size, limits.max_kv_cache_capacity, device
         )
+        self._features: OrderedDict[str, VisualFeatures] = OrderedDict()
         self._allocate(limits.max_batch_size, device)
 
     def _allocate(self, batch: int, device: torch.device) -> None:
@@ -58,38 +63,60 @@ class ModelRunner:
         """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
         embeds = torch.zeros(1, 2, self._config.decoder.hidden_size, dtype=self._dtype, device=self._engine.device)
         self._rope.set_slot(0, None, 0)
-        self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack})
+        self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack}, 0)
         self.decode([0], [2])
 
-    def encode_images(self, request: Request) -> list[VisualFeatures]:
-        """Run the visual encoder on the request's images; adds the time to `request.vision_s`."""
-        if self._visual is None or self._visual_runner is None or not request.images:
-            return []
+    def begin(self, slot: int, request: Request) -> None:
+        """Prepare the slot for the request's tokens: the rotary positions of its prompt and answer."""
+        self._rope.set_slot(slot, request.positions_3S, request.next_position)
+
+    def encode_images(self, request: Request) -> None:
+        """Run the visual encoder on the images that the rest of the prefill needs, unless their features are known."""
+        if self._visual is None or self._visual_runner is None or request.features:
+            return
         start = time.perf_counter()
-        features = [self._visual_runner.encode(self._visual, image) for image in request.images]
+        request.features = [
+            self._encode(image) if end > request.prefilled else None
+            for image, (_, end) in zip(request.images, request.image_spans, strict=True)
+        ]
         request.vision_s += time.perf_counter() - start
+
+    def _encode(self, image: PreparedImage) -> VisualFeatures:
+        assert self._visual is not None
+        assert self._visual_runner is not None
+        features = self._features.get(image.key)
+        if features is None:
+            features = self._visual_runner.encode(self._visual, image)
+            self._features[image.key] = features
+            while len(self._features) > FEATURE_CACHE_IMAGES:
+                self._features.popitem(last=False)
+        else:
+            self._features.move_to_end(image.key)
         return features
 
-    def prefill(self, slot: int, request: Request, features: list[VisualFeatures]) -> torch.Tensor:
-        """Fill the slot with the request's prompt; returns the logits [1, V] of its last token."""
-        ids = torch.tensor(request.token_ids)
-        embeds_1SH = self._embed(ids)[None]
+    def prefill(self, slot: int, request: Request, end: int) -> torch.Tensor:
+        """Fill the slot with prompt tokens `request.prefilled` … `end − 1`; returns the logits [1, V] of the last."""
+        start = request.prefilled
+        embeds_1SH = self._embed(torch.tensor(request.token_ids[start:end]))[None]
         deepstack = {name: torch.zeros_like(embeds_1SH) for name in self._no_deepstack}
-        if features and self._visual_runner is not None:
-            where = ids == self._visual_runner.image_token_id
-            embeds_1SH[0, where] = torch.cat([f.image_embeds for f in features]).to(self._dtype)
-            for i, target in enumerate(deepstack.values()):
-                target[0, where] = torch.cat([f.deepstack_embeds[i] for f in features]).to(self._dtype)
-        self._rope.set_slot(slot, request.positions_3S, request.next_position)
-        return self._prefill(slot, embeds_1SH, deepstack)
+        for features, (first, past) in zip(request.features, request.image_spans, strict=False):
+            low, high = max(first, start), min(past, end)
+            if features is not None and low < high:
+                rows, target = slice(low - first, high - first), slice(low - start, high - start)
+                embeds_1SH[0, target] = features.image_embeds[rows].to(self._dtype)
+                for level, values in zip(deepstack.values(), features.deepstack_embeds, strict=True):
+                    level[0, target] = values[rows].to(self._dtype)
+        return self._prefill(slot, embeds_1SH, deepstack, start)
 
-    def _prefill(self, slot: int, embeds_1SH: torch.Tensor, deepstack: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _prefill(
+        self, slot: int, embeds_1SH: torch.Tensor, deepstack: dict[str, torch.Tensor], start: int
+    ) -> torch.Tensor:
         length = embeds_1SH.shape[1]
         logits_11V = torch.empty_like(self._logits_B1V[:1])
         inputs = {
             "inputs_embeds": embeds_1SH,
-            "context_lengths": torch.tensor([length], dtype=torch.int32),
-            "kvcache_start_index": torch.zeros(1, dtype=torch.int32),
+            "context_lengths": torch.tensor([start + length], dtype=torch.int32),
+            "kvcache_start_index": torch.tensor([start], dtype=torch.int32),
             "last_token_ids": torch.tensor([[length - 1]]),
             **deepstack,
             **self._rope.inputs(slot, 1),

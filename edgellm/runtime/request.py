@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from edgellm.errors import EdgeLLMError
 from edgellm.runtime.detokenizer import Detokenizer
+from edgellm.runtime.kv_cache import SavedSlot
+from edgellm.runtime.prompt_cache import Key
 from edgellm.runtime.sampling import SamplingParams
-from edgellm.vision.base import PreparedImage
+from edgellm.vision.base import PreparedImage, VisualFeatures
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +31,7 @@ class Increment:
     """What one step added to an answer; the last one has `finished` set.
 
     `text` is whole UTF-8 and may be empty; `sampled_at` is `time.perf_counter()` when the token was sampled.
-    `finish_reason`: "stop", "length", "cancelled" or "error"; None before the end.
+    `finish_reason`: "stop", "length", "cancelled", "deadline" or "error"; None before the end.
     """
 
     request_id: str
@@ -101,12 +106,18 @@ class Request:
     """A prepared request. `token_ids` are the prompt with image tokens expanded; `positions_3S` [3, S] for images.
 
     After prefill a slot of the KV cache holds the prompt; every decode step adds the last sampled token.
+
+    `deadline_at` is in `time.perf_counter()` seconds. `key` identifies the prompt in the prompt cache. A request with
+    `pin_as` only fills the prompt cache, under that name. `prefilled` tokens of the prompt are in the slot, `reused` of
+    them came from the prompt cache; `saved` is the KV of a displaced request.
     """
 
     request_id: str
     prompt: str | None
     token_ids: list[int]
+    key: Key
     images: list[PreparedImage]
+    image_token_id: int
     positions_3S: torch.Tensor | None
     next_position: int
     params: SamplingParams
@@ -114,7 +125,16 @@ class Request:
     max_new_tokens: int
     detokenizer: Detokenizer | None
     handle: RequestHandle
+    priority: int = 0
+    client: str = ""
+    deadline_at: float = math.inf
+    adapter: str | None = None
+    pin_as: str | None = None
     state: State = State.QUEUED
+    prefilled: int = 0
+    reused: int = 0
+    features: list[VisualFeatures | None] = field(default_factory=list)
+    saved: SavedSlot | None = None
     output_ids: list[int] = field(default_factory=list)
     seq: int = 0
     cancelled: bool = False
@@ -124,10 +144,25 @@ class Request:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
 
+    @functools.cached_property
+    def image_spans(self) -> list[tuple[int, int]]:
+        """Where each image's tokens stand in the prompt: first and one past the last."""
+        spans, position = [], 0
+        for image in self.images:
+            first = self.token_ids.index(self.image_token_id, position)
+            position = first + image.num_tokens
+            spans.append((first, position))
+        return spans
+
     @property
     def cached_tokens(self) -> int:
-        """Tokens in the KV cache: the prompt and all sampled tokens but the last."""
-        return len(self.token_ids) + max(0, len(self.output_ids) - 1)
+        """Tokens in the KV cache: what is prefilled of the prompt, and all sampled tokens but the last."""
+        return self.prefilled + max(0, len(self.output_ids) - 1)
+
+    @property
+    def cached_key(self) -> Key:
+        """The prompt cache's key of the tokens in the KV cache."""
+        return np.concatenate((self.key[: self.prefilled], np.asarray(self.output_ids[:-1], dtype=np.int64)))
 
     def increment(
         self, text: str, token_ids: tuple[int, ...], finish_reason: str | None, sampled_at: float
@@ -150,7 +185,7 @@ class Request:
             decode_s=decode_s,
             tokens_per_s=(tokens - 1) / decode_s if decode_s > 0 else 0.0,
         )
-        usage = Usage(len(self.token_ids), tokens, 0)
+        usage = Usage(len(self.token_ids), tokens, self.reused)
         completion = CompletionOutput(0, text, list(self.output_ids), finish_reason, stop_reason)
         return RequestOutput(self.request_id, self.prompt, list(self.token_ids), [completion], usage, timing)
 
