@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgellm.config import BuildConfig, KvCacheConfig
     from edgellm.errors import EdgeLLMError
-    from edgellm.runtime.llm import LLM
+    from edgellm.llm import LLM
     from edgellm.runtime.request import Increment, RequestOutput
     from edgellm.runtime.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EdgeLLMError", "Increment", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "BuildConfig", "EdgeLLMError", "Increment", "KvCacheConfig", "RequestOutput", "SamplingParams"]
 
 _HOMES = {
-    "LLM": "edgellm.runtime.llm",
+    "LLM": "edgellm.llm",
+    "BuildConfig": "edgellm.config",
+    "KvCacheConfig": "edgellm.config",
     "SamplingParams": "edgellm.runtime.sampling",
     "RequestOutput": "edgellm.runtime.request",
     "Increment": "edgellm.runtime.request",
