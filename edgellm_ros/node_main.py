@@ -20,6 +20,7 @@ from edgellm_ros.paths import use_fastdds_profile
 
 SPIN_S = 0.2
 STOP_TIMEOUT_S = 15.0
+INSIST_S = 2.0
 
 
 def run_node(
@@ -31,7 +32,7 @@ def run_node(
     """Make a node and spin it until SIGINT or SIGTERM; returns the process's exit code.
 
     `start` is called once the node has its executor. On a signal `stop` is called, and the executor goes on until the
-    future it returns is done: rclpy is still whole then, so clients get their results. A second signal ends at once.
+    future it returns is done: rclpy is still whole then, so clients get their results. A later signal ends at once.
     An EdgeLLMError from `make` or `start` ends in one line on stderr.
     """
     stopping = _on_signals()
@@ -61,14 +62,15 @@ def run_node(
     return 0
 
 
-def _on_signals() -> list[int]:
-    """From now on SIGINT and SIGTERM are appended to the returned list; the second one ends the process."""
-    seen: list[int] = []
+def _on_signals() -> list[float]:
+    """From now on the times of SIGINT and SIGTERM are appended to the returned list; one that comes well after the
+    first ends the process. (Ctrl-C under `ros2 launch` arrives twice: from the terminal and from launch.)"""
+    seen: list[float] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if seen:
+        seen.append(time.monotonic())
+        if seen[-1] - seen[0] > INSIST_S:
             os._exit(128 + number)
-        seen.append(number)
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
