@@ -64,7 +64,7 @@ def measure(engine: Path, requests: int) -> bool:
             model = ModelClient(connection.node)
             tokens = TokenLog(connection, model)
             model.wait(TIMEOUT_S)
-            if not wait_until(lambda: model.status is not None and model.status.images_received > 0, TIMEOUT_S):
+            if not wait_until(lambda: model.sees_camera, TIMEOUT_S):
                 raise ClientError("no camera image reached the model node")
             for _ in range(WARM_UP):
                 ask(model)

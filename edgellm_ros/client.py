@@ -242,6 +242,11 @@ class ModelClient:
         active = self.status is not None and self.status.state == State.PRIMARY_STATE_ACTIVE
         return active and self.action.server_is_ready()
 
+    @property
+    def sees_camera(self) -> bool:
+        """Whether the node has received a camera frame."""
+        return self.status is not None and self.status.images_received > 0
+
     def _settled(self) -> bool:
         """Active, or failed to get there; a node that loads its engine is worth waiting for."""
         status = self.status

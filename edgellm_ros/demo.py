@@ -180,7 +180,7 @@ def run(options: argparse.Namespace) -> bool:
         with Connection("demo") as connection:
             model, world = ModelClient(connection.node), World(connection.node, seed=time.time_ns() % 2**32)
             wait_for_model(model, children)
-            wait_for("the first camera frame", lambda: world.frames > 0, children, START_TIMEOUT_S)
+            wait_for("camera frames", lambda: world.frames > 0 and model.sees_camera, children, START_TIMEOUT_S)
             if not options.chat:
                 return ask_ten(model, world, children, options.picture)
             print(f"camera and model run in ROS_DOMAIN_ID={os.environ['ROS_DOMAIN_ID']}")

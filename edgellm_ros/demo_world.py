@@ -46,6 +46,7 @@ class World:
         self._scenes: OrderedDict[Stamp, Scene] = OrderedDict()
         self._images: OrderedDict[Stamp, Image] = OrderedDict()
         self._asked_about: int | None = None
+        self._examined: Stamp | None = None
         node.create_subscription(String, "ground_truth", self._on_truth, QoSProfile(depth=30))
         node.create_subscription(Image, "image", self._on_image, QoSProfile(depth=10))
 
@@ -84,8 +85,11 @@ class World:
     def question(self, kind: str) -> Question | None:
         """A question of that kind about the newest frame, if it shows a scene that was not asked about and has one."""
         with self._lock:
-            scene = next(reversed(self._scenes.values()), None)
-        if scene is None or scene.look.noise_seed == self._asked_about or len(scene.objects) < LEAST_OBJECTS:
+            stamp, scene = next(reversed(self._scenes.items()), (None, None))
+        if scene is None or stamp == self._examined:
+            return None
+        self._examined = stamp
+        if scene.look.noise_seed == self._asked_about or len(scene.objects) < LEAST_OBJECTS:
             return None
         try:
             query = propose(scene, kind, self._rng)

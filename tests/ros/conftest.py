@@ -108,5 +108,5 @@ def live(children: Children, start_model: Callable[..., Node], tiny_engine: Path
     children.start("camera_live", "edgellm_ros.sim_camera", *camera)
     node = start_model("live", engine_dir=tiny_engine, autostart=True, max_queue=MAX_QUEUE)
     node.model.wait(START_S)
-    assert wait_until(lambda: node.model.status is not None and node.model.status.images_received > 0, START_S)
+    assert wait_until(lambda: node.model.sees_camera, START_S)
     return node
