@@ -10,6 +10,9 @@ in a process of its own; all are loaded before the first round, then take turns,
 a change of the machine's speed meets all of them. Prefill is the time from the call to the first token; decode is the
 mean time per token after it. Shown are medians over rounds, and the median over rounds of the ratio within a round.
 
+A turn waits a while for a moment in which other programs leave the CPU alone, and is repeated if they did not; turns
+that stayed disturbed are counted in the output.
+
 onnxruntime-genai is a peer that nothing else needs: `pip install onnxruntime-genai`; without it its row is left out.
 """
 
@@ -26,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -38,12 +42,16 @@ from cpu_contenders import CONTENDERS
 from random_checkpoint import FIRST_TOKEN, SHAPES, Shape
 
 OURS = "edgellm"
+DEFAULT = ("edgellm", "edgellm-step", "transformers", "onnxruntime-genai")
 REQUIRED = (
     ("onnxruntime-genai", "prefill", 1.0),
     ("onnxruntime-genai", "decode", 1.0),
     ("transformers", "decode", 1.3),
 )
 """Peer, measure, and the least ratio of ours to it that counts as a pass."""
+
+QUIET = 0.04
+"""Up to this share of the CPU may go to other programs in a turn that counts as undisturbed."""
 
 PEERS = ("onnxruntime-genai", "transformers")
 
@@ -55,6 +63,8 @@ class Round:
     prefill: float
     decode: float
     tokens: tuple[int, ...]
+    others_cpu: float
+    """Share of the machine's CPU time that went to other programs meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,8 @@ class Row:
     read_gb_s: float
     load_s: float
     peak_mb: float
+    disturbed: int
+    """Turns that other programs disturbed to the end."""
 
 
 class Process:
@@ -85,7 +97,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "ORT_DISABLE_TELEMETRY": "1"},
             )
         self.load_s = float(self._read()["load_s"])
         self.peak_mb = 0.0
@@ -100,12 +112,40 @@ class Process:
     def round(self, prompt: list[int], count: int) -> Round:
         """Answer one prompt with `count` tokens."""
         assert self._process.stdin is not None
+        start, busy = time.perf_counter(), self._others_cpu_s()
         self._process.stdin.write(json.dumps({"prompt": prompt, "count": count}) + "\n")
         self._process.stdin.flush()
         reply = self._read()
         times = reply["times"]
         self.peak_mb = reply["peak_mb"]
-        return Round(len(prompt) / times[0], (count - 1) / (times[-1] - times[0]), tuple(reply["tokens"]))
+        others = (self._others_cpu_s() - busy) / (time.perf_counter() - start) / (os.cpu_count() or 1)
+        return Round(len(prompt) / times[0], (count - 1) / (times[-1] - times[0]), tuple(reply["tokens"]), others)
+
+    def quiet_round(self, prompt: list[int], count: int, patience_s: float) -> Round:
+        """A round that other programs did not disturb; after `patience_s` the least disturbed one."""
+        deadline = time.perf_counter() + patience_s
+        done: list[Round] = []
+        while not done or (done[-1].others_cpu > QUIET and time.perf_counter() < deadline):
+            while time.perf_counter() < deadline and self._others_share(0.5) > QUIET:
+                time.sleep(0.5)
+            done.append(self.round(prompt, count))
+        return min(done, key=lambda r: r.others_cpu)
+
+    def _others_share(self, seconds: float) -> float:
+        """Share of the CPU that other programs take during the next `seconds`."""
+        before = self._others_cpu_s()
+        time.sleep(seconds)
+        return (self._others_cpu_s() - before) / seconds / (os.cpu_count() or 1)
+
+    def _others_cpu_s(self) -> float:
+        """CPU seconds since boot that were not this process's; 0 where there is no /proc."""
+        if not Path("/proc/stat").exists():
+            return 0.0
+        tick = os.sysconf("SC_CLK_TCK")
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        fields = [int(x) for x in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        own = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (sum(fields) - fields[3] - fields[4] - int(own[11]) - int(own[12])) / tick
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -119,11 +159,11 @@ class Process:
 
 def prepare(work: Path, shape: Shape, names: Sequence[str], longest: int) -> dict[str, Path]:
     """The directory each contender runs on; makes what is not there yet, each contender's with its own tools."""
-    checkpoint, engine, genai = work / "checkpoint", work / "engine", work / "genai"
+    checkpoint, engine, genai = work / "checkpoint", work / f"engine-{longest}", work / "genai"
     if not checkpoint.exists():
         print("writing the checkpoint", flush=True)
         with _whole(checkpoint) as partial:
-            random_checkpoint.write(partial, shape, max_positions=longest)
+            random_checkpoint.write(partial, shape)
     if OURS in names and not engine.exists():
         onnx = work / "onnx"
         shutil.rmtree(onnx, ignore_errors=True)
@@ -151,7 +191,7 @@ def _whole(directory: Path) -> Iterator[Path]:
 
 def _tool(module: str, *arguments: str) -> None:
     """Run a module's command line; its output is shown only if it fails."""
-    print(f"running {module} {arguments[0]}", flush=True)
+    print(f"running {module}", flush=True)
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         stdout=subprocess.PIPE,
@@ -164,7 +204,7 @@ def _tool(module: str, *arguments: str) -> None:
 
 
 def measure(
-    processes: Sequence[Process], lengths: Sequence[int], count: int, rounds: int, vocab_size: int
+    processes: Sequence[Process], lengths: Sequence[int], count: int, rounds: int, patience_s: float, vocab_size: int
 ) -> dict[int, dict[str, list[Round]]]:
     """Rounds by prompt length and contender. Every contender does one round that does not count first."""
     random = np.random.default_rng(1)
@@ -175,9 +215,10 @@ def measure(
             prompt = random.integers(FIRST_TOKEN, vocab_size, length).tolist()
             turn = i % len(processes)
             for process in (*processes[turn:], *processes[:turn]):
-                outcome = process.round(prompt, count)
-                if i >= 0:
-                    done[process.name].append(outcome)
+                if i < 0:
+                    process.round(prompt, count)
+                else:
+                    done[process.name].append(process.quiet_round(prompt, count, patience_s))
             print(f"\rprompt of {length}: round {i + 1} of {rounds}", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
         results[length] = done
@@ -189,12 +230,20 @@ def rows(results: dict[int, dict[str, list[Round]]], processes: Sequence[Process
     table = []
     for length, done in results.items():
         for process in processes:
-            decode = [r.decode for r in done[process.name]]
-            median = statistics.median(decode)
-            prefill = statistics.median(r.prefill for r in done[process.name])
-            speed = median * weight_bytes / 1e9
+            own = done[process.name]
+            decode = statistics.median(r.decode for r in own)
             table.append(
-                Row(process.name, length, prefill, median, max(decode), speed, process.load_s, process.peak_mb)
+                Row(
+                    contender=process.name,
+                    prompt_tokens=length,
+                    prefill=statistics.median(r.prefill for r in own),
+                    decode=decode,
+                    decode_best=max(r.decode for r in own),
+                    read_gb_s=decode * weight_bytes / 1e9,
+                    load_s=process.load_s,
+                    peak_mb=process.peak_mb,
+                    disturbed=sum(r.others_cpu > QUIET for r in own),
+                )
             )
     return table
 
@@ -253,12 +302,12 @@ def machine(threads: int) -> dict[str, Any]:
 
 def report(table: Sequence[Row], checks: Sequence[dict[str, Any]], same: dict[str, float]) -> None:
     """Print the tables."""
-    units = f"{'prefill':>9} {'decode':>8} {'best':>8} {'weights':>9} {'load':>7} {'peak':>8}"
-    print(f"\n{'prompt':>6}  {'contender':22} {units}")
-    print(f"{'tokens':>6}  {'':22} {'tok/s':>9} {'tok/s':>8} {'tok/s':>8} {'GB/s':>9} {'s':>7} {'MB':>8}")
+    heads = f"{'prefill':>9} {'decode':>8} {'best':>8} {'weights':>9} {'load':>7} {'peak':>8} {'disturbed':>10}"
+    units = f"{'tok/s':>9} {'tok/s':>8} {'tok/s':>8} {'GB/s':>9} {'s':>7} {'MB':>8} {'turns':>10}"
+    print(f"\n{'prompt':>6}  {'contender':22} {heads}\n{'tokens':>6}  {'':22} {units}")
     for r in table:
         speeds = f"{r.prefill:9.1f} {r.decode:8.2f} {r.decode_best:8.2f} {r.read_gb_s:9.1f}"
-        print(f"{r.prompt_tokens:6}  {r.contender:22} {speeds} {r.load_s:7.1f} {r.peak_mb:8.0f}")
+        print(f"{r.prompt_tokens:6}  {r.contender:22} {speeds} {r.load_s:7.1f} {r.peak_mb:8.0f} {r.disturbed:10}")
     print("\nfirst token as ours: " + ", ".join(f"{name} {share:.0%}" for name, share in same.items()))
     for c in checks:
         word = "pass" if c["passed"] else "FAIL"
@@ -271,10 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns 1 if a required ratio is missed."""
     parser = argparse.ArgumentParser(description="CPU decode and prefill speed, side by side.", allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b", help="default: %(default)s")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT, metavar="NAME")
     parser.add_argument("--prompt-tokens", nargs="+", type=int, default=[128, 512], metavar="N")
     parser.add_argument("--decode-tokens", type=int, default=64, metavar="N", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--patience", type=float, default=20.0, metavar="S", help="per turn, for a quiet machine")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--work-dir", type=Path, metavar="DIR", help="keep and reuse what is built (default: temporary)"
@@ -296,7 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log = work / f"{name}.log"
             processes.append(stack.enter_context(Process(name, directories[name], options.threads, log)))
         before = machine(options.threads)
-        results = measure(processes, options.prompt_tokens, options.decode_tokens, options.rounds, shape.vocab_size)
+        results = measure(
+            processes, options.prompt_tokens, options.decode_tokens, options.rounds, options.patience, shape.vocab_size
+        )
     table, checks, same = rows(results, processes, 4 * shape.num_parameters), verdicts(results), agreement(results)
     print(f"\n{options.shape}, fp32: {before}")
     report(table, checks, same)

@@ -44,7 +44,7 @@ SHAPES = {
 }
 
 
-def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0) -> None:
+def write(directory: Path, shape: Shape, seed: int = 0) -> None:
     """Write config.json, model.safetensors (fp32), tokenizer and generation config into the existing `directory`."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -56,7 +56,7 @@ def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0) -> N
         "head_dim": shape.head_dim,
         "intermediate_size": shape.intermediate_size,
         "vocab_size": shape.vocab_size,
-        "max_position_embeddings": max_positions,
+        "max_position_embeddings": 40960,
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": BOS,
