@@ -26,7 +26,7 @@ from typing import Any
 from edgellm.errors import EdgeLLMError
 from edgellm_ros import msg
 from edgellm_ros.client import Answer, ClientError, Connection, Goal, ModelClient
-from edgellm_ros.paths import use_fastdds_profile
+from edgellm_ros.paths import share_file, use_fastdds_profile
 from edgellm_ros.processes import Children, own_domain, wait_until
 
 FIRST_TOKEN_LIMIT_S = 0.010
@@ -58,7 +58,8 @@ def measure(engine: Path, requests: int) -> bool:
     use_fastdds_profile()
     with tempfile.TemporaryDirectory() as logs, Children(Path(logs), {**os.environ, "ROS_LOG_DIR": logs}) as children:
         children.start("camera", "edgellm_ros.sim_camera")
-        parameters = ["-p", f"engine_dir:={engine.resolve()}", "-p", "autostart:=true"]
+        preset = str(share_file("config/tiny_vlm.yaml"))
+        parameters = ["--params-file", preset, "-p", f"engine_dir:={engine.resolve()}", "-p", "autostart:=true"]
         node = children.start("model", "edgellm_ros.vlm_node", "--ros-args", *parameters)
         with Connection("ros_latency") as connection:
             model = ModelClient(connection.node)

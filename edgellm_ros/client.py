@@ -53,7 +53,8 @@ class Connection:
     def __init__(self, name: str, args: Sequence[str] | None = None) -> None:
         use_fastdds_profile()
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-        self.node: Node = rclpy.create_node(name)
+        # Every entity makes each turn of the executor slower; nobody sets parameters here.
+        self.node: Node = rclpy.create_node(name, start_parameter_services=False)
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
         self._closing = False

@@ -30,6 +30,9 @@ PARAMETERS: dict[str, Declared] = {
     "engine_dir": Declared("", "Engine directory, made by `edgellm build`; loaded by configure.", read_only=True),
     "autostart": Declared(False, "Configure and activate without being asked by a lifecycle manager.", read_only=True),
     "num_threads": Declared(0, "CPU threads of the engine; 0: the library's choice.", (0, 1024), read_only=True),
+    "prompt_cache_mb": Declared(
+        64, "MiB for the keys and values of earlier prompts and turns; 0: keep none.", (0, 1_000_000), read_only=True
+    ),
     "max_queue": Declared(
         16, "Requests that may wait while others run; one more is rejected.", (0, 10000), read_only=True
     ),

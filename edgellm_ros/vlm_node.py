@@ -25,6 +25,7 @@ from rclpy.task import Future
 from std_msgs.msg import String
 
 from edgellm import LLM, SamplingParams
+from edgellm.config import KvCacheConfig
 from edgellm.errors import ConfigError, EdgeLLMError, RequestError
 from edgellm_ros import msg, params
 from edgellm_ros.action import Generate
@@ -87,9 +88,9 @@ class VlmNode(AsyncLifecycleNode):
         engine_dir = self.parameter("engine_dir")
         if not engine_dir:
             raise ConfigError("parameter engine_dir is empty; set it to an engine directory made by `edgellm build`")
-        threads = self.parameter("num_threads") or None
+        threads, cache_bytes = self.parameter("num_threads") or None, self.parameter("prompt_cache_mb") * 2**20
         self._status.publish(message=f"loading {engine_dir}")
-        llm: LLM = await in_thread(self.executor, lambda: load(engine_dir, threads))
+        llm: LLM = await in_thread(self.executor, lambda: load(engine_dir, threads, cache_bytes))
         self._llm = llm
         config = llm.config
         self._worker = Worker(llm, config.limits.max_batch_size, self.parameter("max_queue"), self._status.changed)
@@ -256,12 +257,12 @@ class VlmNode(AsyncLifecycleNode):
             self._status.error(result.error)
 
 
-def load(engine_dir: str, num_threads: int | None) -> LLM:
+def load(engine_dir: str, num_threads: int | None, prompt_cache_bytes: int) -> LLM:
     """Load an engine and answer one request with it: what is used for the first time takes many times as long.
 
     Raises EngineDirError, and RequestError for a model that cannot be talked to in chat messages.
     """
-    llm = LLM(engine_dir, num_threads=num_threads)
+    llm = LLM(engine_dir, num_threads=num_threads, kv_cache_config=KvCacheConfig(prompt_cache_bytes))
     content: list[dict[str, Any]] = [{"type": "text", "text": "Hello"}]
     if llm.config.vision is not None:
         content.insert(0, {"type": "image", "image": WARM_UP_IMAGE})
