@@ -55,6 +55,9 @@ def run_node(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
+        # The interpreter gives handlers up when it ends; a repeated signal must not turn a clean end into a killed one.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         executor.shutdown(timeout_sec=1.0)
         if node is not None:
             node.destroy_node()
