@@ -17,6 +17,7 @@ from edgellm import progress
 from edgellm.config import KvCacheConfig
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
 from edgellm.errors import RequestError
+from edgellm.runtime import prompt_cache_file
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
@@ -62,7 +63,7 @@ class LLM:
         kv_cache_config: KvCacheConfig | None = None,
         prefill_chunk: int = 256,
     ) -> None:
-        directory = Path(engine_dir)
+        directory = self._directory = Path(engine_dir).resolve()
         self.config: EngineConfig = read_manifest(directory)
         verify(directory, self.config)
         self.tokenizer: Tokenizer | None = None
@@ -165,6 +166,25 @@ class LLM:
     def clear_prompt_cache(self) -> None:
         """Forget earlier turns; pinned system prompts stay."""
         self._loop.call(self._prompt_cache.clear).result()
+
+    def save_prompt_cache(self, path: str | Path | None = None) -> Path:
+        """Write the prompt cache to a file, by default `NAME.prompt_cache.safetensors` beside the engine."""
+        target = Path(path) if path is not None else self._default_prompt_cache_file()
+        entries = self._loop.call(lambda: self._prompt_cache.entries).result()
+        prompt_cache_file.save(target, entries, self.config)
+        return target
+
+    def load_prompt_cache(self, path: str | Path | None = None) -> int:
+        """Take entries from a file that `save_prompt_cache` wrote, as far as they fit; returns how many.
+
+        Raises EngineDirError for a file that is missing, damaged or of another engine.
+        """
+        source = Path(path) if path is not None else self._default_prompt_cache_file()
+        entries = prompt_cache_file.load(source, self.config, self._runner.device)
+        return self._loop.call(lambda: sum(self._prompt_cache.insert(e) for e in entries)).result()
+
+    def _default_prompt_cache_file(self) -> Path:
+        return self._directory.with_name(f"{self._directory.name}.prompt_cache.safetensors")
 
     def _pinned(self) -> list[tuple[SystemPromptInfo, Entry]]:
         entries = self._loop.call(lambda: [e for e in self._prompt_cache.entries if e.name is not None]).result()

@@ -66,6 +66,11 @@ class ModelRunner:
         self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack}, 0)
         self.decode([0], [2])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the KV cache is."""
+        return self._engine.device
+
     def begin(self, slot: int, request: Request) -> None:
         """Prepare the slot for the request's tokens: the rotary positions of its prompt and answer."""
         self._rope.set_slot(slot, request.positions_3S, request.next_position)

@@ -13,7 +13,7 @@ import pytest
 
 from edgellm import LLM, Increment, SamplingParams
 from edgellm.config import KvCacheConfig
-from edgellm.errors import EngineError, RequestError
+from edgellm.errors import EngineDirError, EngineError, RequestError
 from edgellm.runtime.prompt_cache import common_prefix
 from edgellm.runtime.request import RequestHandle
 
@@ -129,6 +129,35 @@ def test_prompt_cache_stays_within_its_budget(tiny_engine: Path) -> None:
         assert [i.name for i in llm.system_prompts()] == ["kept"]
         with pytest.raises(EngineError, match="system prompt 'huge' takes"):
             llm.cache_system_prompt("huge", "word " * 700)
+
+
+def test_prompt_cache_on_disk(tiny_engine: Path, plain: LLM, tmp_path: Path) -> None:
+    file = tmp_path / "cache.safetensors"
+    prompt = [turn("system", "Look closely. " * 20), turn("user", picture(8), "What is there?")]
+    with LLM(tiny_engine) as llm:
+        pinned = llm.cache_system_prompt("closely", "Look closely. " * 20)
+        first = llm.generate(prompt, GREEDY)
+        assert llm.save_prompt_cache(file) == file
+    with LLM(tiny_engine) as llm:
+        assert llm.load_prompt_cache(file) == 2
+        assert llm.system_prompts() == [pinned]
+        again = llm.generate(prompt, GREEDY)
+        assert again.usage.reused_tokens == len(first.prompt_token_ids) - 1
+        assert again.outputs[0].token_ids == tokens(plain, prompt)
+        damaged = tmp_path / "damaged.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        damaged.write_bytes(data)
+        with pytest.raises(EngineDirError, match="has changed since it was saved"):
+            llm.load_prompt_cache(damaged)
+        damaged.write_bytes(data[:500])
+        with pytest.raises(EngineDirError, match="is damaged"):
+            llm.load_prompt_cache(damaged)
+        with pytest.raises(EngineDirError, match="does not exist"):
+            llm.load_prompt_cache()
+        llm.config = dataclasses.replace(llm.config, files={})
+        with pytest.raises(EngineDirError, match="made by another engine"):
+            llm.load_prompt_cache(file)
 
 
 def test_urgent_request_displaces_and_the_displaced_one_goes_on(llm: LLM, plain: LLM) -> None:
