@@ -13,6 +13,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edgellm.engines.base import TensorSpec
+from edgellm.engines.huge_pages import use_huge_pages
 from edgellm.errors import EngineError
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
@@ -32,7 +33,7 @@ _TYPES: dict[str, tuple[torch.dtype, Any]] = {
 
 
 class OnnxRuntimeEngine:
-    """One session. A tensor is bound again only when its address or shape has changed since the phase last ran."""
+    """One session. A tensor is bound again only when it is another one than when the phase last ran."""
 
     def __init__(self, path: Path, num_threads: int | None) -> None:
         options = ort.SessionOptions()
@@ -49,7 +50,9 @@ class OnnxRuntimeEngine:
         self.outputs = {x.name: _spec(x) for x in self._session.get_outputs()}
         self.device = torch.device("cpu")
         self._element = {x.name: _TYPES[x.type][1] for x in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._bindings: dict[str, tuple[Any, dict[str, tuple[int, torch.Size]]]] = {}
+        # per phase the binding, and the tensors it holds: keeping them keeps their addresses from being used again
+        self._bindings: dict[str, tuple[Any, dict[str, torch.Tensor]]] = {}
+        use_huge_pages()
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.run`."""
@@ -58,10 +61,9 @@ class OnnxRuntimeEngine:
         binding, bound = self._bindings[phase]
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                key = (tensor.data_ptr(), tensor.shape)
-                if bound.get(name) != key:
+                if bound.get(name) is not tensor:
                     bind(name, "cpu", 0, self._element[name], tuple(tensor.shape), tensor.data_ptr())
-                    bound[name] = key
+                    bound[name] = tensor
         try:
             self._session.run_with_iobinding(binding)
         except _ERRORS as e:

@@ -58,6 +58,7 @@ class ModelRunner:
         self._logits_B1V = torch.zeros(batch, 1, vocab, dtype=torch.float32, device=device)
         levels = range(self._config.decoder.num_deepstack)
         self._no_deepstack = {f"deepstack_embeds_{i}": torch.zeros_like(self._embeds_B1H) for i in levels}
+        self._decode_io: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     def warm_up(self) -> None:
         """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
@@ -138,18 +139,25 @@ class ModelRunner:
         rows = len(last_tokens)
         self._embeds_B1H[:rows, 0] = self._embed(torch.tensor(last_tokens))
         self._starts_B[:rows] = torch.tensor(cached_tokens, dtype=torch.int32)
-        self._lengths_B[:rows] = self._starts_B[:rows] + 1
-        inputs = {
-            "inputs_embeds": self._embeds_B1H[:rows],
-            "context_lengths": self._lengths_B[:rows],
-            "kvcache_start_index": self._starts_B[:rows],
-            "last_token_ids": self._last_B1[:rows],
-            **{name: tensor[:rows] for name, tensor in self._no_deepstack.items()},
-            **self._rope.inputs(0, rows),
-            **self.kv_cache.inputs(0, rows),
-        }
-        self._engine.run("generation", inputs, {"logits": self._logits_B1V[:rows], **self.kv_cache.outputs(0, rows)})
+        torch.add(self._starts_B[:rows], 1, out=self._lengths_B[:rows])
+        inputs, outputs = self._decode_tensors(rows)
+        self._engine.run("generation", inputs, outputs)
         return self._logits_B1V[:rows, 0]
+
+    def _decode_tensors(self, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Inputs and outputs of a decode step of `rows` rows: the same tensors every time, so they stay bound."""
+        if rows not in self._decode_io:
+            inputs = {
+                "inputs_embeds": self._embeds_B1H[:rows],
+                "context_lengths": self._lengths_B[:rows],
+                "kvcache_start_index": self._starts_B[:rows],
+                "last_token_ids": self._last_B1[:rows],
+                **{name: tensor[:rows] for name, tensor in self._no_deepstack.items()},
+                **self._rope.inputs(0, rows),
+                **self.kv_cache.inputs(0, rows),
+            }
+            self._decode_io[rows] = inputs, {"logits": self._logits_B1V[:rows], **self.kv_cache.outputs(0, rows)}
+        return self._decode_io[rows]
 
     def move_slot(self, source: int, target: int, cached_tokens: int) -> None:
         """Slot `target` takes over the request of slot `source`."""
