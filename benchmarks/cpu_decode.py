@@ -249,10 +249,15 @@ def rows(results: dict[int, dict[str, list[Round]]], processes: Sequence[Process
 
 
 def ratios(done: dict[str, list[Round]], peer: str, what: str) -> list[float]:
-    """Ours over the peer's, round by round; the quicker one of a peer's variants in each round."""
+    """Ours over the peer's, round by round; the quicker one of a peer's variants in each round.
+
+    Rounds that other programs disturbed count only if fewer than three others are left.
+    """
     variants = [rounds for name, rounds in done.items() if name == peer or name.startswith(peer + "-")]
-    best = [max(getattr(r, what) for r in same_round) for same_round in zip(*variants, strict=True)]
-    return [getattr(ours, what) / other for ours, other in zip(done[OURS], best, strict=True)]
+    pairs = list(zip(done[OURS], zip(*variants, strict=True), strict=True))
+    quiet = [(ours, others) for ours, others in pairs if all(r.others_cpu <= QUIET for r in (ours, *others))]
+    used = quiet if len(quiet) >= 3 else pairs
+    return [getattr(ours, what) / max(getattr(r, what) for r in others) for ours, others in used]
 
 
 def verdicts(results: dict[int, dict[str, list[Round]]]) -> list[dict[str, Any]]:
@@ -271,6 +276,7 @@ def verdicts(results: dict[int, dict[str, list[Round]]]) -> list[dict[str, Any]]
                         "ratio": ratio,
                         "lowest": min(values),
                         "highest": max(values),
+                        "rounds": len(values),
                         "required": least,
                         "passed": ratio >= least,
                     }
@@ -311,7 +317,7 @@ def report(table: Sequence[Row], checks: Sequence[dict[str, Any]], same: dict[st
     print("\nfirst token as ours: " + ", ".join(f"{name} {share:.0%}" for name, share in same.items()))
     for c in checks:
         word = "pass" if c["passed"] else "FAIL"
-        spread = f"(rounds {c['lowest']:.2f} to {c['highest']:.2f})"
+        spread = f"({c['rounds']} rounds, {c['lowest']:.2f} to {c['highest']:.2f})"
         what = f"prompt {c['prompt_tokens']:4}: {c['measure']:7} {c['ratio']:5.2f} x {c['peer']:18} {spread}"
         print(f"{word}  {what}, required {c['required']:.1f}")
 
@@ -354,6 +360,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report(table, checks, same)
     if options.json is not None:
         values = {"shape": options.shape, "machine": before, "rows": [asdict(r) for r in table], "checks": checks}
+        values["rounds"] = [
+            {
+                "contender": name,
+                "prompt_tokens": length,
+                "prefill": r.prefill,
+                "decode": r.decode,
+                "others": r.others_cpu,
+            }
+            for length, done in results.items()
+            for name, rounds in done.items()
+            for r in rounds
+        ]
         options.json.write_text(json.dumps(values | {"first_token_as_ours": same}, indent=2) + "\n", encoding="utf-8")
     return 0 if all(c["passed"] for c in checks) else 1
 
