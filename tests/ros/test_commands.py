@@ -54,12 +54,17 @@ def test_chat_without_a_node_is_one_line() -> None:
     assert line.startswith("error: no node /nobody/vlm_node found within 1 s; start it")
 
 
+def _port_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("*fastrtps_port*")}
+
+
 class Demo:
     """The demo as a process, in a ROS domain of its own; everything that it starts carries a mark."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.mark = uuid.uuid4().hex
         self.domain = free_domain_id()
+        self.port_files_before = _port_files()
         self.picture = folder / "demo.png"
         self.log = folder / "demo.log"
         words = ["--folder", str(folder), "--picture", str(self.picture), *arguments]
@@ -98,7 +103,7 @@ class Demo:
         code = self.process.wait(timeout_s)
         assert self.marked() == []
         ports = range(7400 + 250 * self.domain, 7400 + 250 * (self.domain + 1))
-        left = [path.name for path in Path("/dev/shm").glob("*fastrtps_port*")]
+        left = _port_files() - self.port_files_before  # a killed process of another run may have left some
         assert not [name for name in left if int(re.findall(r"port(\d+)", name)[0]) in ports]
         return code
 
