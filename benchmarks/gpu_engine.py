@@ -5,8 +5,9 @@
     python benchmarks/gpu_engine.py --device cpu --shape qwen3-tiny --concurrent-only
 
 Decode: random weights (speed does not depend on them), the engine alone: the mean time of a step whose cache holds the
-given number of tokens, by CUDA events; and of prefills, whole and after a cached prefix. Concurrency: the whole runtime on the tiny reference model, greedy,
-answers of equal length; throughput of all requests at once over that of the same requests one by one.
+given number of tokens, by CUDA events; and of prefills, whole and after a cached prefix. Concurrency: the whole runtime
+on the tiny reference model, greedy, answers of equal length; throughput of all requests at once over that of the same
+requests one by one.
 """
 
 from __future__ import annotations

@@ -48,19 +48,26 @@ def attention_in_place(
     batch, length, _ = qkv.shape
     positions_BS = kvcache_start_index.long()[:, None] + torch.arange(length, device=qkv.device)
     valid_BS = positions_BS < context_lengths[:, None]
+    # padding reads any row of the table and any slot: what becomes of it is dropped
+    slots_BS = positions_BS.clamp(max=kv_cache.shape[3] - 1)
+    rows_B1 = torch.arange(batch, device=qkv.device)[:, None]
     heads = qkv.view(batch, length, num_q_heads + 2 * num_kv_heads, head_size)
     qk, v_BSHD = heads.split([num_q_heads + num_kv_heads, num_kv_heads], dim=2)
     qk = qk.to(torch.promote_types(qkv.dtype, torch.float32))
     if q_norm_weight is not None and k_norm_weight is not None:
         scales = (q_norm_weight.expand(num_q_heads, -1), k_norm_weight.expand(num_kv_heads, -1))
         qk = torch.nn.functional.rms_norm(qk, (head_size,), eps=qk_norm_eps) * torch.cat(scales)
-    # padding reads any row of the table: what becomes of it is dropped
     table = rope_rotary_cos_sin.expand(batch, -1, -1)
-    rows_B1 = torch.arange(batch, device=qkv.device)[:, None]
-    last_row = rope_rotary_cos_sin.shape[1] - 1
-    qk = _rotate(qk, table[rows_B1, positions_BS.clamp(max=last_row)]).to(qkv.dtype)
+    qk = _rotate(qk, table[rows_B1, slots_BS]).to(qkv.dtype)
     q_BSHD, k_BSHD = qk.split([num_q_heads, num_kv_heads], dim=2)
-    _write(kv_cache, torch.stack((k_BSHD, v_BSHD), dim=2), rows_B1, context_lengths, kvcache_start_index)
+    new_BS2HD = torch.stack((k_BSHD, v_BSHD), dim=2)
+    if length > 1:
+        # An index list of a fixed length cannot leave padding out, so padding repeats the row's last new token into the
+        # slot where that goes anyway.
+        last_B1 = (context_lengths - kvcache_start_index).long()[:, None] - 1
+        token_BS = torch.arange(length, device=qkv.device).minimum(last_B1).clamp(min=0)
+        new_BS2HD, slots_BS = new_BS2HD[rows_B1, token_BS], slots_BS.gather(1, token_BS)
+    _write(kv_cache, new_BS2HD, rows_B1, slots_BS, valid_BS[:, :1])
     if _has_flash(qkv, head_size) and (batch == 1 or length == 1):
         output = _flash(q_BSHD, kv_cache, context_lengths, kvcache_start_index)
     else:
@@ -73,28 +80,21 @@ def _rotate(x_BSHD: torch.Tensor, cos_sin_BSR: torch.Tensor) -> torch.Tensor:
     half = cos_sin_BSR.shape[-1] // 2
     cos, sin = cos_sin_BSR[:, :, None].to(x_BSHD.dtype).split(half, dim=-1)
     x1, x2, rest = x_BSHD.split([half, half, x_BSHD.shape[-1] - 2 * half], dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), dim=-1)
+    turned = (torch.addcmul(x1 * cos, x2, sin, value=-1), torch.addcmul(x2 * cos, x1, sin))
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, dim=-1)
 
 
 def _write(
     kv_cache: torch.Tensor,
-    kv_BS2HD: torch.Tensor,
+    new_BS2HD: torch.Tensor,
     rows_B1: torch.Tensor,
-    context_lengths: torch.Tensor,
-    kvcache_start_index: torch.Tensor,
+    slots_BS: torch.Tensor,
+    any_new_B1: torch.Tensor,
 ) -> None:
-    """Put each row's new tokens into its cache.
-
-    An index list of a fixed length cannot leave padding out, so padding repeats the row's last new token into the slot
-    where that goes anyway; a row without new tokens rewrites what a slot of it holds.
-    """
-    count_B1 = (context_lengths - kvcache_start_index).long()[:, None]
-    token_BS = torch.arange(kv_BS2HD.shape[1], device=kv_BS2HD.device).minimum(count_B1 - 1).clamp(min=0)
-    slot_BS = (kvcache_start_index.long()[:, None] + token_BS).clamp(max=kv_cache.shape[3] - 1)
+    """Put new keys and values into the slots of each row; a row without new tokens rewrites what its slots hold."""
     cache_BC2HD = kv_cache.permute(0, 3, 1, 2, 4)
-    new = kv_BS2HD if kv_BS2HD.shape[1] == 1 else kv_BS2HD[rows_B1, token_BS]
-    written = torch.where((count_B1 > 0)[..., None, None, None], new, cache_BC2HD[rows_B1, slot_BS])
-    cache_BC2HD.index_put_((rows_B1, slot_BS), written)
+    written = torch.where(any_new_B1[..., None, None, None], new_BS2HD, cache_BC2HD[rows_B1, slots_BS])
+    cache_BC2HD.index_put_((rows_B1, slots_BS), written)
 
 
 def _masked(q_BSHD: torch.Tensor, kv_cache: torch.Tensor, positions_BS: torch.Tensor) -> torch.Tensor:
