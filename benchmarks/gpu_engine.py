@@ -91,7 +91,7 @@ def decode(work: Path, shape_name: str, pasts: Sequence[int], batches: Sequence[
     checkpoint, engine = work / "checkpoint", work / "engine"
     checkpoint.mkdir()
     capacity = max(pasts) + 256
-    random_checkpoint.write(checkpoint, shape, capacity, dtype="float16")
+    random_checkpoint.write(checkpoint, shape, dtype="float16")
     limits = BuildConfig(max_batch_size=max(batches), max_input_len=max(pasts), max_kv_cache_capacity=capacity)
     build(checkpoint, engine, "torch", limits, {"device": "cuda"})
     table = []

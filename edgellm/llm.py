@@ -49,14 +49,18 @@ class LLM(runtime.LLM):
 
 def built_engine(model: Path, limits: BuildConfig, backend: str, cache_dir: str | Path | None = None) -> Path:
     """The engine directory of a checkpoint in the cache, built if it is not there. Raises what export and build do."""
-    from edgellm.build.builder import build
-    from edgellm.export.exporter import export
+    from edgellm.build.builder import FROM_CHECKPOINT, build
 
     cache = Path(cache_dir or os.environ.get(CACHE_VARIABLE) or _user_cache())
     engine = cache / f"{model.resolve().name}-{_fingerprint(model, limits, backend)}"
     if not (engine / MANIFEST).is_file():
+        if backend in FROM_CHECKPOINT:
+            build(model, engine, backend, limits)
+            return engine
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".onnx-", dir=cache) as scratch:
+            from edgellm.export.exporter import export
+
             export(model, Path(scratch) / "onnx")
             build(Path(scratch) / "onnx", engine, backend, limits)
     return engine

@@ -18,6 +18,9 @@ BACKENDS = {
 }
 """Backend → the module whose `build` writes its engine directory, imported when chosen."""
 
+FROM_CHECKPOINT = frozenset({"null", "torch"})
+"""Backends that need no export: they take the checkpoint itself."""
+
 
 def build(
     source: str | Path,

@@ -173,8 +173,8 @@ class EngineLoop:
         if request.pin_as is not None:
             self._pin(request)
             return
-        rows = RowParams.from_params([request.params], [request.seed])
-        token = sample(logits, rows, torch.zeros(1, dtype=torch.int64))
+        rows = RowParams.from_params([request.params], [request.seed], logits.device)
+        token = sample(logits, rows, torch.zeros(1, dtype=torch.int64, device=logits.device))
         self._follow(self._scheduler.promote())
         self._accept(requests, token)
 
@@ -190,10 +190,11 @@ class EngineLoop:
         self._end(request, _Ending("stop"))
 
     def _decode(self, requests: list[Request]) -> None:
-        if self._rows is None:
-            self._rows = RowParams.from_params([r.params for r in requests], [r.seed for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
-        steps = torch.tensor([len(r.output_ids) for r in requests])
+        if self._rows is None:
+            seeds = [r.seed for r in requests]
+            self._rows = RowParams.from_params([r.params for r in requests], seeds, logits.device)
+        steps = torch.tensor([len(r.output_ids) for r in requests], device=logits.device)
         self._accept(requests, sample(logits, self._rows, steps))
 
     def _accept(self, requests: list[Request], tokens: torch.Tensor) -> None:

@@ -18,7 +18,10 @@ from edgellm.engines.base import Engine, backend
 from edgellm.runtime.kv_cache import KVCache
 from edgellm.runtime.request import Request
 from edgellm.runtime.rope import RopeTable
-from edgellm.vision.base import PreparedImage, VisualFeatures, VisualRunner
+from edgellm.vision.base import PreparedImage, VisualFeatures, VisualRunner, load_visual_runner
+
+WARM_ROWS, WARM_LENGTH = 4, 64
+"""Decode steps of up to so many rows, and short prefills of their slots, are captured when a GPU engine is loaded."""
 
 FEATURE_CACHE_IMAGES = 8
 """Encoder results kept by content hash: the images of a conversation's earlier turns need not be encoded again."""
@@ -27,18 +30,24 @@ FEATURE_CACHE_IMAGES = 8
 class ModelRunner:
     """Owns the engines, the KV cache and the step buffers. Used by one thread. Slots 0 … B − 1 are in use."""
 
-    def __init__(
-        self, directory: Path, config: EngineConfig, visual_runner: VisualRunner | None, num_threads: int | None
-    ) -> None:
+    def __init__(self, directory: Path, config: EngineConfig, num_threads: int | None) -> None:
         self._config = config
         loader = backend(config.backend)
         self._engine: Engine = loader.load_decoder(directory, num_threads)
-        self._visual_runner = visual_runner
-        self._visual = loader.load_visual(directory, num_threads) if visual_runner is not None else None
-        # mapped, not read: a step touches a few rows of it
-        embedding: Any = safe_open(directory / EMBEDDING, framework="pt")
-        self._embedding_VH: torch.Tensor = embedding.get_tensor("weight")
+        self.visual_runner: VisualRunner | None = None
+        self._visual: Engine | None = None
+        if config.vision is not None:
+            self._visual = loader.load_visual(directory, num_threads)
+            self.visual_runner = load_visual_runner(
+                config.model_type,
+                config.vision,
+                device=self._visual.device,
+                output_dtype=self._visual.outputs["image_embeds"].dtype,
+            )
         limits, device = config.limits, self._engine.device
+        embedding: Any = safe_open(directory / EMBEDDING, framework="pt")
+        # on a CPU mapped, not read: a step touches a few rows of it
+        self._embedding_VH: torch.Tensor = embedding.get_tensor("weight").to(device)
         self.kv_cache = KVCache(self._engine.inputs, limits.max_batch_size, limits.max_kv_cache_capacity, device)
         rope_names = tuple(n for n in self._engine.inputs if n.startswith("rope_rotary_"))
         self._rope = RopeTable(
@@ -54,6 +63,10 @@ class ModelRunner:
         self._embeds_B1H = torch.zeros(batch, 1, hidden, dtype=self._dtype, device=device)
         self._lengths_B = torch.zeros(batch, dtype=torch.int32, device=device)
         self._starts_B = torch.zeros(batch, dtype=torch.int32, device=device)
+        # What the host says of a step, tokens and starts, goes to a GPU in one copy. The host may write it again: the
+        # tokens that it has read from the step before tell that the copy is over.
+        self._step_2B = torch.zeros(2, batch, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device_step_2B = self._step_2B.to(device)
         self._last_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._logits_B1V = torch.zeros(batch, 1, vocab, dtype=torch.float32, device=device)
         levels = range(self._config.decoder.num_deepstack)
@@ -61,11 +74,18 @@ class ModelRunner:
         self._decode_io: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     def warm_up(self) -> None:
-        """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
-        embeds = torch.zeros(1, 2, self._config.decoder.hidden_size, dtype=self._dtype, device=self._engine.device)
-        self._rope.set_slot(0, None, 0)
-        self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack}, 0)
-        self.decode([0], [2])
+        """Run prefill and decode steps on zeros, so that the first requests do not pay for first use.
+
+        On a GPU a step is captured when it comes up for the second time, each batch size for itself.
+        """
+        limits, on_gpu = self._config.limits, self._engine.device.type == "cuda"
+        for _ in range(2 if on_gpu else 1):
+            for rows in range(1, min(WARM_ROWS, limits.max_batch_size) + 1 if on_gpu else 2):
+                for length in (2, min(WARM_LENGTH, limits.max_input_len)) if on_gpu else (2,):
+                    embeds = self._embed(torch.zeros(1, length, dtype=torch.int64, device=self._engine.device))
+                    self._rope.set_slot(rows - 1, None, 0)
+                    self._prefill(rows - 1, embeds, {n: torch.zeros_like(embeds) for n in self._no_deepstack}, 0)
+                self.decode([0] * rows, [2] * rows)
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +98,7 @@ class ModelRunner:
 
     def encode_images(self, request: Request) -> None:
         """Run the visual encoder on the images that the rest of the prefill needs, unless their features are known."""
-        if self._visual is None or self._visual_runner is None or request.features:
+        if self._visual is None or self.visual_runner is None or request.features:
             return
         start = time.perf_counter()
         request.features = [
@@ -89,10 +109,10 @@ class ModelRunner:
 
     def _encode(self, image: PreparedImage) -> VisualFeatures:
         assert self._visual is not None
-        assert self._visual_runner is not None
+        assert self.visual_runner is not None
         features = self._features.get(image.key)
         if features is None:
-            features = self._visual_runner.encode(self._visual, image)
+            features = self.visual_runner.encode(self._visual, image)
             self._features[image.key] = features
             while len(self._features) > FEATURE_CACHE_IMAGES:
                 self._features.popitem(last=False)
@@ -103,7 +123,7 @@ class ModelRunner:
     def prefill(self, slot: int, request: Request, end: int) -> torch.Tensor:
         """Fill the slot with prompt tokens `request.prefilled` … `end − 1`; returns the logits [1, V] of the last."""
         start = request.prefilled
-        embeds_1SH = self._embed(torch.tensor(request.token_ids[start:end]))[None]
+        embeds_1SH = self._embed(torch.tensor(request.token_ids[start:end], device=self._engine.device))[None]
         deepstack = {name: torch.zeros_like(embeds_1SH) for name in self._no_deepstack}
         for features, (first, past) in zip(request.features, request.image_spans, strict=False):
             low, high = max(first, start), min(past, end)
@@ -117,13 +137,13 @@ class ModelRunner:
     def _prefill(
         self, slot: int, embeds_1SH: torch.Tensor, deepstack: dict[str, torch.Tensor], start: int
     ) -> torch.Tensor:
-        length = embeds_1SH.shape[1]
+        length, device = embeds_1SH.shape[1], embeds_1SH.device
         logits_11V = torch.empty_like(self._logits_B1V[:1])
         inputs = {
             "inputs_embeds": embeds_1SH,
-            "context_lengths": torch.tensor([start + length], dtype=torch.int32),
-            "kvcache_start_index": torch.tensor([start], dtype=torch.int32),
-            "last_token_ids": torch.tensor([[length - 1]]),
+            "context_lengths": torch.full((1,), start + length, dtype=torch.int32, device=device),
+            "kvcache_start_index": torch.full((1,), start, dtype=torch.int32, device=device),
+            "last_token_ids": torch.full((1, 1), length - 1, device=device),
             **deepstack,
             **self._rope.inputs(slot, 1),
             **self.kv_cache.inputs(slot, 1),
@@ -137,9 +157,12 @@ class ModelRunner:
         Token `last_tokens[i]` is written at cache index `cached_tokens[i]`.
         """
         rows = len(last_tokens)
-        self._embeds_B1H[:rows, 0] = self._embed(torch.tensor(last_tokens))
-        self._starts_B[:rows] = torch.tensor(cached_tokens, dtype=torch.int32)
-        torch.add(self._starts_B[:rows], 1, out=self._lengths_B[:rows])
+        self._step_2B[:, :rows] = torch.tensor([last_tokens, cached_tokens], dtype=torch.int32)
+        self._device_step_2B.copy_(self._step_2B, non_blocking=True)
+        tokens_B, starts_B = self._device_step_2B[:, :rows]
+        self._embeds_B1H[:rows, 0] = self._embed(tokens_B)
+        self._starts_B[:rows] = starts_B
+        torch.add(starts_B, 1, out=self._lengths_B[:rows])
         inputs, outputs = self._decode_tensors(rows)
         self._engine.run("generation", inputs, outputs)
         return self._logits_B1V[:rows, 0]
