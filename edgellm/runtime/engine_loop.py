@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from edgellm.errors import EdgeLLMError, EngineError
+from edgellm.errors import EdgeLLMError, EngineError, RequestError
+from edgellm.runtime.guided import MaskWorker, apply_bitmask
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
@@ -54,6 +55,7 @@ class EngineLoop:
         self._eos_token_ids = eos_token_ids
         self._prefill_chunk = prefill_chunk
         self._rows: RowParams | None = None
+        self._masks = MaskWorker(scheduler.max_batch_size, runner.vocab_size, runner.device)
         self._calls: list[Callable[[], None]] = []
         self._calls_lock = threading.Lock()
         self._called = threading.Event()
@@ -83,6 +85,7 @@ class EngineLoop:
             self.step()
         for request in (*self._scheduler.take_waiting(), *self._scheduler.running):
             self._end(request, _Ending("cancelled"))
+        self._masks.close()
         with self._calls_lock:
             self._over = True
         self._answer_calls()
@@ -165,6 +168,8 @@ class EngineLoop:
         (request,) = requests
         self._runner.encode_images(request)
         end = min(len(request.token_ids), request.prefilled + self._prefill_chunk)
+        if end == len(request.token_ids):
+            self._masks.start([request.guided])
         logits = self._runner.prefill(self._scheduler.slot_of(request), request, end)
         request.prefilled = end
         if end < len(request.token_ids):
@@ -174,9 +179,10 @@ class EngineLoop:
             self._pin(request)
             return
         rows = RowParams.from_params([request.params], [request.seed])
+        failures = self._mask(logits)
         token = sample(logits, rows, torch.zeros(1, dtype=torch.int64))
         self._follow(self._scheduler.promote())
-        self._accept(requests, token)
+        self._accept(requests, token, failures)
 
     def _pin(self, request: Request) -> None:
         assert request.pin_as is not None
@@ -192,26 +198,39 @@ class EngineLoop:
     def _decode(self, requests: list[Request]) -> None:
         if self._rows is None:
             self._rows = RowParams.from_params([r.params for r in requests], [r.seed for r in requests])
+        self._masks.start([r.guided for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
         steps = torch.tensor([len(r.output_ids) for r in requests])
-        self._accept(requests, sample(logits, self._rows, steps))
+        failures = self._mask(logits)
+        self._accept(requests, sample(logits, self._rows, steps), failures)
 
-    def _accept(self, requests: list[Request], tokens: torch.Tensor) -> None:
+    def _mask(self, logits: torch.Tensor) -> dict[int, RequestError]:
+        """Apply the masks of guided requests, computed during the step; returns, by row, why one cannot go on."""
+        bitmask, failures = self._masks.finish()
+        if bitmask is not None:
+            apply_bitmask(logits, bitmask)
+        return failures
+
+    def _accept(self, requests: list[Request], tokens: torch.Tensor, failures: dict[int, RequestError]) -> None:
         """Give each request its sampled token; those that are complete end after all have theirs, since slots move."""
         now = time.perf_counter()
-        complete = []
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        complete: list[tuple[Request, _Ending, EdgeLLMError | None]] = []
+        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            if row in failures:
+                complete.append((request, _Ending("error"), failures[row]))
+                continue
             request.first_token_at = request.first_token_at or now
             request.last_token_at = now
             ending = self._add_token(request, token)
             if ending is not None:
-                complete.append((request, ending))
-        for request, ending in complete:
-            self._end(request, ending)
+                complete.append((request, ending, None))
+        for request, ending, error in complete:
+            self._end(request, ending, error)
 
     def _add_token(self, request: Request, token: int) -> _Ending | None:
         """Append the token and send its text, or say how the request ends."""
-        if token in self._eos_token_ids and not request.params.ignore_eos:
+        guided = request.guided
+        if token in self._eos_token_ids and (guided is not None or not request.params.ignore_eos):
             return _Ending("stop")
         if token in (request.params.stop_token_ids or ()):
             return _Ending("stop", stop_reason=token)
@@ -222,6 +241,11 @@ class EngineLoop:
             text, stopped_by = delta.text, delta.stopped_by
         if stopped_by is not None:
             return _Ending("stop", text, (token,), stopped_by)
+        if guided is not None:
+            if not guided.accept(token):
+                raise EngineError(f"token {token} was drawn though the mask of guided output excludes it")
+            if guided.is_terminated:
+                return _Ending("stop", text, (token,))
         if len(request.output_ids) >= request.max_new_tokens:
             return _Ending("length", text, (token,))
         request.handle.push(request.increment(text, (token,), None, request.last_token_at))

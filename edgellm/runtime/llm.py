@@ -21,6 +21,7 @@ from edgellm.runtime import prompt_cache_file
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
+from edgellm.runtime.guided import GuidedDecoder, GuidedDecodingParams
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache, common_prefix, prompt_key
 from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOutput
@@ -84,6 +85,8 @@ class LLM:
         self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
         self._counter = itertools.count()
+        self._guided: GuidedDecoder | None = None
+        self._guided_lock = threading.Lock()
         self._prompt_cache = PromptCache((kv_cache_config or KvCacheConfig()).prompt_cache_bytes)
         self._loop = EngineLoop(self._scheduler, runner, self._prompt_cache, eos, prefill_chunk)
         self._thread = threading.Thread(target=self._loop.run, name="edgellm-engine", daemon=True)
@@ -97,19 +100,26 @@ class LLM:
     ) -> None:
         self.close()
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> Any:
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        guided: GuidedDecodingParams | None = None,
+    ) -> Any:
         """Answer one prompt (a RequestOutput), or a list of prompts together (a list of them, in order); waits.
 
+        `guided` says what every answer must be.
         Raises RequestError for a prompt that cannot be accepted; then none of the list has been started.
         """
         if _is_one_prompt(prompts):
             if isinstance(sampling_params, Sequence):
                 raise RequestError(f"one prompt came with {len(sampling_params)} sampling_params; give one")
-            return self.generate_async(prompts, sampling_params).result()
+            return self.generate_async(prompts, sampling_params, guided=guided).result()
         params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params; give one or as many")
-        prepared = [self._prepare(p, s) for p, s in zip(prompts, params, strict=True)]
+        prepared = [self._prepare(p, s, guided=guided) for p, s in zip(prompts, params, strict=True)]
         return self._run_all(prepared)
 
     def generate_async(
@@ -117,6 +127,7 @@ class LLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        guided: GuidedDecodingParams | None = None,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
         priority: int = 0,
@@ -125,12 +136,13 @@ class LLM:
     ) -> RequestHandle:
         """Start answering `prompt` and return at once. Tokenizing and image preprocessing happen in this thread.
 
+        `guided` says what the answer must be: JSON of a schema, a match of a regular expression, one of some choices, …
         `on_increment` is called on the engine's thread right after each token; it must be short. A request of higher
         `priority` goes first and displaces one of lower priority, which goes on later; among equals the `client` that
         has been served least goes first. After `deadline_s` seconds the request ends with what it has ("deadline").
         Raises RequestError for a prompt or image that cannot be accepted, QueueFullError when too many are waiting.
         """
-        request = self._prepare(prompt, sampling_params, on_increment, request_id)
+        request = self._prepare(prompt, sampling_params, on_increment, request_id, guided)
         request.priority, request.client = _checked_priority(priority), client
         if deadline_s is not None:
             request.deadline_at = request.submitted_at + _checked_deadline(deadline_s)
@@ -198,6 +210,18 @@ class LLM:
         ]
         return conversations[0][: common_prefix(*(np.asarray(c) for c in conversations))]
 
+    def guided_decoder(self) -> GuidedDecoder:
+        """What guided requests start from, built at the first call.
+
+        That takes about a second with a large vocabulary, and holds Python's lock: call it before serving.
+        """
+        if self.tokenizer is None:
+            raise RequestError("guided output needs the tokenizer; load the LLM without skip_tokenizer_init")
+        with self._guided_lock:
+            if self._guided is None:
+                self._guided = GuidedDecoder(self.tokenizer, self.config.decoder.vocab_size)
+            return self._guided
+
     @property
     def queue_depth(self) -> int:
         """Requests that wait for a place in the batch."""
@@ -231,6 +255,7 @@ class LLM:
         params: SamplingParams | None,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
+        guided: GuidedDecodingParams | None = None,
     ) -> Request:
         params = params or SamplingParams()
         text, token_ids, images = self._tokenize(prompt)
@@ -262,6 +287,7 @@ class LLM:
             max_new_tokens=min(params.max_tokens, limits.max_kv_cache_capacity - len(token_ids)),
             detokenizer=Detokenizer(self.tokenizer, params.stop_strings) if self.tokenizer is not None else None,
             handle=RequestHandle(identity, on_increment, lambda: setattr(request, "cancelled", True)),
+            guided=self.guided_decoder().start(guided) if guided is not None else None,
         )
         return request
 

@@ -60,6 +60,16 @@ class ModelRunner:
         self._no_deepstack = {f"deepstack_embeds_{i}": torch.zeros_like(self._embeds_B1H) for i in levels}
         self._decode_io: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._config.decoder.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the logits are."""
+        return self._engine.device
+
     def warm_up(self) -> None:
         """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
         embeds = torch.zeros(1, 2, self._config.decoder.hidden_size, dtype=self._dtype, device=self._engine.device)
