@@ -17,12 +17,15 @@ from typing import TypeVar
 import torch
 
 from edgellm.errors import EdgeLLMError, EngineError, RequestError
+from edgellm.runtime import logs
 from edgellm.runtime.guided import MaskWorker, apply_bitmask
+from edgellm.runtime.metrics import Metrics
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
 from edgellm.runtime.sampling import RowParams, sample
 from edgellm.runtime.scheduler import Move, Scheduler
+from edgellm.runtime.timeline import Timeline
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,12 +51,16 @@ class EngineLoop:
         prompt_cache: PromptCache,
         eos_token_ids: frozenset[int],
         prefill_chunk: int,
+        metrics: Metrics,
+        timeline: Timeline | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._prompt_cache = prompt_cache
         self._eos_token_ids = eos_token_ids
         self._prefill_chunk = prefill_chunk
+        self._metrics = metrics
+        self._timeline = timeline
         self._rows: RowParams | None = None
         self._masks = MaskWorker(scheduler.max_batch_size, runner.vocab_size, runner.device)
         self._calls: list[Callable[[], None]] = []
@@ -120,6 +127,8 @@ class EngineLoop:
         """Make room for a more urgent request; the displaced one keeps a copy of its KV."""
         victim = self._scheduler.displaced()
         if victim is not None:
+            victim.displaced_at = time.perf_counter()
+            logs.event(log, logging.DEBUG, "displaced", request_id=victim.request_id)
             victim.saved = self._runner.kv_cache.save(self._scheduler.slot_of(victim), victim.cached_tokens)
             self._follow(self._scheduler.requeue(victim))
 
@@ -150,6 +159,8 @@ class EngineLoop:
         """Put what is known of the request's KV into its slot: its own, or a prefix from the prompt cache."""
         (request,) = requests
         slot = self._scheduler.slot_of(request)
+        waited_since = request.displaced_at or request.submitted_at
+        self._record("queued", waited_since, [request])
         request.started_at = request.started_at or time.perf_counter()
         self._runner.begin(slot, request)
         if request.saved is not None:
@@ -163,14 +174,22 @@ class EngineLoop:
         if entry is not None and shared > 0:
             self._runner.kv_cache.restore(slot, entry.slot, shared)
             request.prefilled = request.reused = shared
+        self._metrics.started(request.request_id, request.reused)
+        logs.event(log, logging.DEBUG, "started", request_id=request.request_id, reused_tokens=request.reused)
 
     def _prefill(self, requests: list[Request]) -> None:
         (request,) = requests
+        start = time.perf_counter()
+        encoded_before = request.vision_s
         self._runner.encode_images(request)
+        if request.vision_s > encoded_before:
+            self._record("encode", start, requests)
+        start = time.perf_counter()
         end = min(len(request.token_ids), request.prefilled + self._prefill_chunk)
         if end == len(request.token_ids):
             self._masks.start([request.guided])
         logits = self._runner.prefill(self._scheduler.slot_of(request), request, end)
+        self._record("prefill", start, requests, end - request.prefilled)
         request.prefilled = end
         if end < len(request.token_ids):
             return
@@ -196,13 +215,21 @@ class EngineLoop:
         self._end(request, _Ending("stop"))
 
     def _decode(self, requests: list[Request]) -> None:
+        start = time.perf_counter()
         if self._rows is None:
             self._rows = RowParams.from_params([r.params for r in requests], [r.seed for r in requests])
         self._masks.start([r.guided for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
         steps = torch.tensor([len(r.output_ids) for r in requests])
         failures = self._mask(logits)
-        self._accept(requests, sample(logits, self._rows, steps), failures)
+        tokens = sample(logits, self._rows, steps)
+        self._record("decode", start, requests, len(requests))
+        self._accept(requests, tokens, failures)
+
+    def _record(self, kind: str, start: float, requests: list[Request], tokens: int = 0) -> None:
+        """Something that has just ended goes into the timeline, if there is one."""
+        if self._timeline is not None:
+            self._timeline.add(kind, start, time.perf_counter(), [r.request_id for r in requests], tokens)
 
     def _mask(self, logits: torch.Tensor) -> dict[int, RequestError]:
         """Apply the masks of guided requests, computed during the step; returns, by row, why one cannot go on."""
@@ -235,6 +262,7 @@ class EngineLoop:
         if token in (request.params.stop_token_ids or ()):
             return _Ending("stop", stop_reason=token)
         request.output_ids.append(token)
+        self._metrics.token(request.request_id)
         text, stopped_by = "", None
         if request.detokenizer is not None:
             delta = request.detokenizer.push([token])
@@ -264,8 +292,18 @@ class EngineLoop:
             text += "" if isinstance(ending.stop_reason, str) else request.detokenizer.finish().text
             whole = request.detokenizer.text
         now = request.last_token_at or time.perf_counter()
+        self._report(request, ending.finish_reason, error)
         last = request.increment(text, ending.token_ids, ending.finish_reason, now)
         request.handle.push(last, error or request.output(whole, ending.finish_reason, ending.stop_reason))
+
+    def _report(self, request: Request, outcome: str, error: EdgeLLMError | None) -> None:
+        """The end of a request in the metrics, the timeline and the log."""
+        ended = self._metrics.ended(request.request_id, outcome)
+        if self._timeline is not None:
+            self._timeline.ended(request.request_id, time.perf_counter(), outcome, len(request.output_ids))
+        figures = ended.log_fields() if ended is not None else {}
+        level = logging.WARNING if error is not None else logging.INFO
+        logs.event(log, level, "ended", request_id=request.request_id, outcome=outcome, **figures, error=error)
 
     def _keep(self, request: Request) -> None:
         """Copy the request's KV into the prompt cache, for a next turn, if it fits and is worth more than is there."""

@@ -16,17 +16,19 @@ import numpy as np
 from edgellm import progress
 from edgellm.config import KvCacheConfig
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
-from edgellm.errors import RequestError
+from edgellm.errors import EdgeLLMError, RequestError
 from edgellm.runtime import prompt_cache_file
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
 from edgellm.runtime.guided import GuidedDecoder, GuidedDecodingParams
+from edgellm.runtime.metrics import KVUse, Metrics, MetricsSnapshot
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache, common_prefix, prompt_key
 from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOutput
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.runtime.scheduler import Scheduler
+from edgellm.runtime.timeline import Timeline
 from edgellm.runtime.tokenizer import Tokenizer
 from edgellm.vision.base import PreparedImage, VisualRunner, load_visual_runner
 
@@ -49,7 +51,8 @@ class LLM:
 
     `num_threads` bounds the CPU threads of a step (None: every core this process may use); `max_queue` the requests
     that may wait; `prefill_chunk` the prompt tokens that are prefilled between two decode steps. With
-    `skip_tokenizer_init` prompts are token ids and answers carry no text.
+    `skip_tokenizer_init` prompts are token ids and answers carry no text. With `profile` every step is recorded in
+    `timeline`.
     Raises EngineDirError for a directory that is missing, changed or of another version.
     """
 
@@ -63,6 +66,7 @@ class LLM:
         max_queue: int = 64,
         kv_cache_config: KvCacheConfig | None = None,
         prefill_chunk: int = 256,
+        profile: bool = False,
     ) -> None:
         directory = self._directory = Path(engine_dir).resolve()
         self.config: EngineConfig = read_manifest(directory)
@@ -88,7 +92,11 @@ class LLM:
         self._guided: GuidedDecoder | None = None
         self._guided_lock = threading.Lock()
         self._prompt_cache = PromptCache((kv_cache_config or KvCacheConfig()).prompt_cache_bytes)
-        self._loop = EngineLoop(self._scheduler, runner, self._prompt_cache, eos, prefill_chunk)
+        self._metrics = Metrics()
+        self.timeline = Timeline() if profile else None
+        self._loop = EngineLoop(
+            self._scheduler, runner, self._prompt_cache, eos, prefill_chunk, self._metrics, self.timeline
+        )
         self._thread = threading.Thread(target=self._loop.run, name="edgellm-engine", daemon=True)
         self._thread.start()
 
@@ -146,7 +154,7 @@ class LLM:
         request.priority, request.client = _checked_priority(priority), client
         if deadline_s is not None:
             request.deadline_at = request.submitted_at + _checked_deadline(deadline_s)
-        self._scheduler.submit(request)
+        self._submit(request)
         return request.handle
 
     def cache_system_prompt(self, name: str, text: str) -> SystemPromptInfo:
@@ -161,7 +169,7 @@ class LLM:
                 return dataclasses.replace(info, already_cached=True)
         request = self._prepare(ids, SamplingParams(max_tokens=1))
         request.pin_as = name
-        self._scheduler.submit(request)
+        self._submit(request)
         request.handle.result()
         return next(info for info in self.system_prompts() if info.name == name)
 
@@ -222,6 +230,12 @@ class LLM:
                 self._guided = GuidedDecoder(self.tokenizer, self.config.decoder.vocab_size)
             return self._guided
 
+    def metrics(self) -> MetricsSnapshot:
+        """What the runtime measures about itself at this moment."""
+        cache, limits = self._runner.kv_cache, self.config.limits
+        used = sum(r.cached_tokens for r in self._scheduler.running)
+        return self._metrics.snapshot(KVUse(used, limits.max_batch_size * limits.max_kv_cache_capacity, cache.nbytes))
+
     @property
     def queue_depth(self) -> int:
         """Requests that wait for a place in the batch."""
@@ -238,6 +252,14 @@ class LLM:
         self._thread.join()
         self._runner.close()
 
+    def _submit(self, request: Request) -> None:
+        self._metrics.submitted(request.request_id, len(request.token_ids))
+        try:
+            self._scheduler.submit(request)
+        except EdgeLLMError:
+            self._metrics.refused(request.request_id)
+            raise
+
     def _run_all(self, requests: list[Request]) -> list[RequestOutput]:
         """Submit in order, never more than the queue takes: a long list waits for itself, not fails."""
         outputs: list[RequestOutput] = []
@@ -245,7 +267,7 @@ class LLM:
         for request in requests:
             if len(open_requests) == self._scheduler.max_queue:
                 outputs.append(open_requests.pop(0).handle.result())
-            self._scheduler.submit(request)
+            self._submit(request)
             open_requests.append(request)
         return outputs + [r.handle.result() for r in open_requests]
 

@@ -70,6 +70,22 @@ class RequestMetrics:
     tokens_per_s: float | None
     total_s: float
 
+    def log_fields(self) -> dict[str, float | None]:
+        """What the log says about the request, times in milliseconds."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "completion_tokens": self.completion_tokens,
+            "queue_ms": _milliseconds(self.queue_s),
+            "ttft_ms": _milliseconds(self.ttft_s),
+            "total_ms": _milliseconds(self.total_s),
+            "tokens_per_s": self.tokens_per_s,
+        }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1000 * seconds
+
 
 @dataclass(frozen=True)
 class MetricsSnapshot:
@@ -213,13 +229,13 @@ class Metrics:
             self._completion_tokens += count
             self._produced.add(now, count)
 
-    def ended(self, request_id: str, outcome: str) -> None:
-        """A request ended; `outcome` is its finish reason ("stop", "length", "cancelled", "error")."""
+    def ended(self, request_id: str, outcome: str) -> RequestMetrics | None:
+        """A request ended; `outcome` is its finish reason ("stop", "length", "cancelled", …). Returns its figures."""
         now = self._clock()
         with self._lock:
             request = self._open.pop(request_id, None)
             if request is None:
-                return
+                return None
             self._ended[outcome] = self._ended.get(outcome, 0) + 1
             if request.started_at is not None:
                 self._prompt_tokens += request.prompt_tokens
@@ -227,6 +243,7 @@ class Metrics:
             self._recent.append(metrics := _of_request(request_id, outcome, request, now))
             if metrics.tokens_per_s is not None:
                 self._rates.add(now, metrics.tokens_per_s)
+        return metrics
 
     def snapshot(self, kv: KVUse | None = None) -> MetricsSnapshot:
         """Everything at this moment; `kv` is what the caller knows about the KV cache."""

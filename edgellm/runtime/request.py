@@ -141,6 +141,7 @@ class Request:
     seq: int = 0
     cancelled: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
+    displaced_at: float = 0.0
     started_at: float = 0.0
     vision_s: float = 0.0
     first_token_at: float = 0.0
