@@ -253,7 +253,7 @@ class LLM:
         self._runner.close()
 
     def _submit(self, request: Request) -> None:
-        self._metrics.submitted(request.request_id, len(request.token_ids))
+        self._metrics.submitted(request.request_id, len(request.token_ids), request.submitted_at)
         try:
             self._scheduler.submit(request)
         except EdgeLLMError:

@@ -182,11 +182,12 @@ class Metrics:
         self._ttft, self._gaps, self._queue = _Samples(), _Samples(), _Samples()
         self._rates, self._produced = _Samples(), _Samples()
 
-    def submitted(self, request_id: str, prompt_tokens: int) -> None:
-        """A request is about to enter the queue."""
+    def submitted(self, request_id: str, prompt_tokens: int, at: float | None = None) -> None:
+        """A request is about to enter the queue; its times count from `at`, by default now."""
+        at = self._clock() if at is None else at
         with self._lock:
             self._submitted += 1
-            self._open[request_id] = _Open(self._clock(), prompt_tokens, array("d"))
+            self._open[request_id] = _Open(at, prompt_tokens, array("d"))
 
     def refused(self, request_id: str) -> None:
         """The queue did not take a submitted request."""

@@ -65,11 +65,6 @@ class ModelRunner:
         """Width of the logits."""
         return self._config.decoder.vocab_size
 
-    @property
-    def device(self) -> torch.device:
-        """Where the logits are."""
-        return self._engine.device
-
     def warm_up(self) -> None:
         """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
         embeds = torch.zeros(1, 2, self._config.decoder.hidden_size, dtype=self._dtype, device=self._engine.device)
@@ -79,7 +74,7 @@ class ModelRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where the KV cache is."""
+        """Where the KV cache and the logits are."""
         return self._engine.device
 
     def begin(self, slot: int, request: Request) -> None:
