@@ -8,17 +8,28 @@ if TYPE_CHECKING:
     from edgellm.config import BuildConfig, KvCacheConfig
     from edgellm.errors import EdgeLLMError
     from edgellm.llm import LLM
+    from edgellm.runtime.guided import GuidedDecodingParams
     from edgellm.runtime.request import Increment, RequestOutput
     from edgellm.runtime.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "BuildConfig", "EdgeLLMError", "Increment", "KvCacheConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "BuildConfig",
+    "EdgeLLMError",
+    "GuidedDecodingParams",
+    "Increment",
+    "KvCacheConfig",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 _HOMES = {
     "LLM": "edgellm.llm",
     "BuildConfig": "edgellm.config",
     "KvCacheConfig": "edgellm.config",
     "SamplingParams": "edgellm.runtime.sampling",
+    "GuidedDecodingParams": "edgellm.runtime.guided",
     "RequestOutput": "edgellm.runtime.request",
     "Increment": "edgellm.runtime.request",
     "EdgeLLMError": "edgellm.errors",

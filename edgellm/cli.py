@@ -14,6 +14,7 @@ from typing import Any
 
 from edgellm.config import BuildConfig
 from edgellm.errors import EdgeLLMError, RequestError
+from edgellm.files import read_text, write_json
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,29 +52,61 @@ def build(options: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Answer a prompt in the terminal, or a batch file into another file."""
-    from edgellm.runtime import batch_file
+    from edgellm.runtime import batch_file, logs
     from edgellm.runtime.llm import LLM
 
+    if options.log is not None:
+        logs.show(options.log)
+    profile = options.profile_output is not None or options.profile_plot is not None
     if (options.input_file is None) != (options.output_file is None):
         raise RequestError("--input-file and --output-file go together")
+    guided = _guided(options)
+    if guided is not None and options.input_file is not None:
+        raise RequestError(f"--{guided.kind.replace('_', '-')} goes with --prompt, not with --input-file")
+    for path in (options.profile_output, options.profile_plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise RequestError(f"cannot write {path}: there is no directory {path.parent}; name another file")
     if options.input_file is not None:
         batch = batch_file.read(options.input_file)
-        with LLM(options.engine_dir, num_threads=options.num_threads) as llm:
+        with LLM(options.engine_dir, num_threads=options.num_threads, profile=profile) as llm:
             outcomes = batch_file.answer(llm, batch, options.output_file)
+            _write_profile(llm, options)
         failed = [o for o in outcomes if isinstance(o, EdgeLLMError)]
         print(f"answered {len(outcomes) - len(failed)} of {len(outcomes)} requests into {options.output_file}")
         return 1 if failed else 0
-    with LLM(options.engine_dir, num_threads=options.num_threads) as llm:
-        return _stream(llm, options)
+    with LLM(options.engine_dir, num_threads=options.num_threads, profile=profile) as llm:
+        _stream(llm, options, guided)
+        _write_profile(llm, options)
+    return 0
 
 
-def _stream(llm: Any, options: argparse.Namespace) -> int:
+def _write_profile(llm: Any, options: argparse.Namespace) -> None:
+    """What was measured, as a file and as a picture, where asked for."""
+    if llm.timeline is None:
+        return
+    if options.profile_output is not None:
+        write_json(options.profile_output, {"metrics": llm.metrics().to_dict(), "timeline": llm.timeline.to_dict()})
+    if options.profile_plot is not None:
+        llm.timeline.draw(options.profile_plot, f"{options.engine_dir.resolve().name} on {llm.config.backend}")
+
+
+def _guided(options: argparse.Namespace) -> Any:
+    """What the answer must be, None if anything."""
+    from edgellm.runtime.guided import KINDS, GuidedDecodingParams
+
+    given = {kind: getattr(options, kind) for kind in KINDS if getattr(options, kind)}
+    for kind in given.keys() & {"json_schema", "ebnf"}:
+        given[kind] = read_text(given[kind])
+    return GuidedDecodingParams(**given) if given else None
+
+
+def _stream(llm: Any, options: argparse.Namespace, guided: Any) -> None:
     from edgellm.runtime.sampling import SamplingParams
 
     images = [{"type": "image", "image": str(path)} for path in options.image]
     messages = [{"role": "user", "content": [*images, {"type": "text", "text": options.prompt}]}]
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(SamplingParams) if hasattr(options, f.name)}
-    handle = llm.generate_async(messages, SamplingParams(**given))
+    handle = llm.generate_async(messages, SamplingParams(**given), guided=guided)
     try:
         for increment in handle:
             print(increment.text, end="", flush=True)
@@ -85,7 +118,6 @@ def _stream(llm: Any, options: argparse.Namespace) -> int:
         f"\n[{usage.prompt_tokens} prompt tokens, {usage.completion_tokens} completion tokens, "
         f"first token after {1000 * timing.ttft_s:.0f} ms, {timing.tokens_per_s:.1f} tokens/s]"
     )
-    return 0
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -142,6 +174,16 @@ def _parser() -> argparse.ArgumentParser:
     sampling.add_argument("--top-p", type=float, default=argparse.SUPPRESS, help="nucleus sampling")
     sampling.add_argument("--top-k", type=int, default=argparse.SUPPRESS, metavar="N", help="0 is off")
     sampling.add_argument("--seed", type=int, default=argparse.SUPPRESS, metavar="N", help="repeats a sampled answer")
+    guided = verb.add_argument_group("guided output", "what the answer to --prompt must be; at most one of these")
+    guided.add_argument("--json-schema", type=Path, metavar="FILE", help="JSON that is valid for this schema")
+    guided.add_argument("--json-object", action="store_true", help="any JSON object")
+    guided.add_argument("--regex", metavar="TEXT", help="a match of this regular expression")
+    guided.add_argument("--choice", action="append", metavar="TEXT", help="this, or one of several given so")
+    guided.add_argument("--ebnf", type=Path, metavar="FILE", help="a text of this grammar, GBNF or Lark")
+    watching = verb.add_argument_group("watching")
+    watching.add_argument("--profile-output", type=Path, metavar="FILE", help="write metrics and timeline, JSON")
+    watching.add_argument("--profile-plot", type=Path, metavar="FILE", help="draw the timeline, PNG")
+    watching.add_argument("--log", choices=("text", "json"), help="log the requests to stderr in this form")
     verb.add_argument("--num-threads", type=int, metavar="N", help="CPU threads (default: all)")
     verb.set_defaults(verb=run)
     return parser

@@ -53,6 +53,16 @@ def _is_ours(directory: Path) -> bool:
     return isinstance(manifest, dict) and "schema_version" in manifest
 
 
+def read_text(path: Path) -> str:
+    """The content of a text file that the user names. Raises ConfigError when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}; name another file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; name another file") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; the file appears whole. Raises ConfigError when it cannot be written."""
     beside = path.with_name(f".{path.name}.part")

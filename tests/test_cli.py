@@ -45,6 +45,42 @@ def frame(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_run_guided_and_profiled(tiny_engine: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"enum": ["left", "right"]}, "minItems": 2, "maxItems": 2}')
+    profile, plot = tmp_path / "profile.json", tmp_path / "plot.png"
+    done = edgellm(
+        "run", tiny_engine, "--prompt", "Hello", "--json-schema", schema, "--log", "json",
+        "--profile-output", profile, "--profile-plot", plot,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout.rpartition("\n[")[0])
+    assert len(answer) == 2
+    assert set(answer) <= {"left", "right"}
+    (ended,) = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "ended"]
+    assert (ended["request_id"], ended["outcome"]) == ("request-0", "stop")
+    values = json.loads(profile.read_text())
+    (request,) = values["metrics"]["recent"]
+    assert request["completion_tokens"] == ended["completion_tokens"] > 3
+    kinds = [s["kind"] for s in values["timeline"]["spans"]]
+    assert kinds[:2] == ["queued", "prefill"]
+    # as many steps as tokens, of which the first comes from the prefill
+    assert kinds.count("decode") == request["completion_tokens"] - 1
+    assert values["metrics"]["kv_bytes"] > 0
+    with Image.open(plot) as image:
+        assert image.size[0] > 1000
+
+
+def test_mistakes_in_guided_and_profile_options(failure: Callable[..., str], tiny_engine: Path, tmp_path: Path) -> None:
+    run = ("run", tiny_engine, "--prompt", "Hello")
+    assert "unclosed group" in failure(*run, "--regex", "(")
+    assert "exactly one of" in failure(*run, "--regex", "a", "--choice", "b")
+    assert "cannot read" in failure(*run, "--json-schema", tmp_path / "none.json")
+    assert "there is no directory" in failure(*run, "--profile-plot", tmp_path / "no" / "plot.png")
+    batch = ("run", tiny_engine, "--input-file", tmp_path / "a", "--output-file", tmp_path / "b")
+    assert "--regex goes with --prompt" in failure(*batch, "--regex", "a")
+
+
 def test_export_build_run(tiny_vlm: Path, frame: Path, tmp_path: Path) -> None:
     onnx, engine = tmp_path / "onnx", tmp_path / "engine"
     done = edgellm("export", tiny_vlm, onnx)

@@ -16,12 +16,16 @@ from typing import TypeVar
 
 import torch
 
-from edgellm.errors import EdgeLLMError, EngineError
+from edgellm.errors import EdgeLLMError, EngineError, RequestError
+from edgellm.runtime import logs
+from edgellm.runtime.guided import MaskWorker, apply_bitmask
+from edgellm.runtime.metrics import Metrics
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
 from edgellm.runtime.sampling import RowParams, sample
 from edgellm.runtime.scheduler import Move, Scheduler
+from edgellm.runtime.timeline import Timeline
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,13 +51,18 @@ class EngineLoop:
         prompt_cache: PromptCache,
         eos_token_ids: frozenset[int],
         prefill_chunk: int,
+        metrics: Metrics,
+        timeline: Timeline | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._prompt_cache = prompt_cache
         self._eos_token_ids = eos_token_ids
         self._prefill_chunk = prefill_chunk
+        self._metrics = metrics
+        self._timeline = timeline
         self._rows: RowParams | None = None
+        self._masks = MaskWorker(scheduler.max_batch_size, runner.vocab_size, runner.device)
         self._calls: list[Callable[[], None]] = []
         self._calls_lock = threading.Lock()
         self._called = threading.Event()
@@ -83,6 +92,7 @@ class EngineLoop:
             self.step()
         for request in (*self._scheduler.take_waiting(), *self._scheduler.running):
             self._end(request, _Ending("cancelled"))
+        self._masks.close()
         with self._calls_lock:
             self._over = True
         self._answer_calls()
@@ -117,6 +127,8 @@ class EngineLoop:
         """Make room for a more urgent request; the displaced one keeps a copy of its KV."""
         victim = self._scheduler.displaced()
         if victim is not None:
+            victim.displaced_at = time.perf_counter()
+            logs.event(log, logging.DEBUG, "displaced", request_id=victim.request_id)
             victim.saved = self._runner.kv_cache.save(self._scheduler.slot_of(victim), victim.cached_tokens)
             self._follow(self._scheduler.requeue(victim))
 
@@ -147,6 +159,8 @@ class EngineLoop:
         """Put what is known of the request's KV into its slot: its own, or a prefix from the prompt cache."""
         (request,) = requests
         slot = self._scheduler.slot_of(request)
+        waited_since = request.displaced_at or request.submitted_at
+        self._record("queued", waited_since, [request])
         request.started_at = request.started_at or time.perf_counter()
         self._runner.begin(slot, request)
         if request.saved is not None:
@@ -160,12 +174,22 @@ class EngineLoop:
         if entry is not None and shared > 0:
             self._runner.kv_cache.restore(slot, entry.slot, shared)
             request.prefilled = request.reused = shared
+        self._metrics.started(request.request_id, request.reused)
+        logs.event(log, logging.DEBUG, "started", request_id=request.request_id, reused_tokens=request.reused)
 
     def _prefill(self, requests: list[Request]) -> None:
         (request,) = requests
+        start = time.perf_counter()
+        encoded_before = request.vision_s
         self._runner.encode_images(request)
+        if request.vision_s > encoded_before:
+            self._record("encode", start, requests)
+        start = time.perf_counter()
         end = min(len(request.token_ids), request.prefilled + self._prefill_chunk)
+        if end == len(request.token_ids):
+            self._masks.start([request.guided])
         logits = self._runner.prefill(self._scheduler.slot_of(request), request, end)
+        self._record("prefill", start, requests, end - request.prefilled)
         request.prefilled = end
         if end < len(request.token_ids):
             return
@@ -174,9 +198,10 @@ class EngineLoop:
             self._pin(request)
             return
         rows = RowParams.from_params([request.params], [request.seed], logits.device)
+        failures = self._mask(logits)
         token = sample(logits, rows, torch.zeros(1, dtype=torch.int64, device=logits.device))
         self._follow(self._scheduler.promote())
-        self._accept(requests, token)
+        self._accept(requests, token, failures)
 
     def _pin(self, request: Request) -> None:
         assert request.pin_as is not None
@@ -190,39 +215,66 @@ class EngineLoop:
         self._end(request, _Ending("stop"))
 
     def _decode(self, requests: list[Request]) -> None:
+        start = time.perf_counter()
+        self._masks.start([r.guided for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
         if self._rows is None:
             seeds = [r.seed for r in requests]
             self._rows = RowParams.from_params([r.params for r in requests], seeds, logits.device)
         steps = torch.tensor([len(r.output_ids) for r in requests], device=logits.device)
-        self._accept(requests, sample(logits, self._rows, steps))
+        failures = self._mask(logits)
+        tokens = sample(logits, self._rows, steps)
+        self._record("decode", start, requests, len(requests))
+        self._accept(requests, tokens, failures)
 
-    def _accept(self, requests: list[Request], tokens: torch.Tensor) -> None:
+    def _record(self, kind: str, start: float, requests: list[Request], tokens: int = 0) -> None:
+        """Something that has just ended goes into the timeline, if there is one."""
+        if self._timeline is not None:
+            self._timeline.add(kind, start, time.perf_counter(), [r.request_id for r in requests], tokens)
+
+    def _mask(self, logits: torch.Tensor) -> dict[int, RequestError]:
+        """Apply the masks of guided requests, computed during the step; returns, by row, why one cannot go on."""
+        bitmask, failures = self._masks.finish()
+        if bitmask is not None:
+            apply_bitmask(logits, bitmask)
+        return failures
+
+    def _accept(self, requests: list[Request], tokens: torch.Tensor, failures: dict[int, RequestError]) -> None:
         """Give each request its sampled token; those that are complete end after all have theirs, since slots move."""
         now = time.perf_counter()
-        complete = []
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        complete: list[tuple[Request, _Ending, EdgeLLMError | None]] = []
+        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+            if row in failures:
+                complete.append((request, _Ending("error"), failures[row]))
+                continue
             request.first_token_at = request.first_token_at or now
             request.last_token_at = now
             ending = self._add_token(request, token)
             if ending is not None:
-                complete.append((request, ending))
-        for request, ending in complete:
-            self._end(request, ending)
+                complete.append((request, ending, None))
+        for request, ending, error in complete:
+            self._end(request, ending, error)
 
     def _add_token(self, request: Request, token: int) -> _Ending | None:
         """Append the token and send its text, or say how the request ends."""
-        if token in self._eos_token_ids and not request.params.ignore_eos:
+        guided = request.guided
+        if token in self._eos_token_ids and (guided is not None or not request.params.ignore_eos):
             return _Ending("stop")
         if token in (request.params.stop_token_ids or ()):
             return _Ending("stop", stop_reason=token)
         request.output_ids.append(token)
+        self._metrics.token(request.request_id)
         text, stopped_by = "", None
         if request.detokenizer is not None:
             delta = request.detokenizer.push([token])
             text, stopped_by = delta.text, delta.stopped_by
         if stopped_by is not None:
             return _Ending("stop", text, (token,), stopped_by)
+        if guided is not None:
+            if not guided.accept(token):
+                raise EngineError(f"token {token} was drawn though the mask of guided output excludes it")
+            if guided.is_terminated:
+                return _Ending("stop", text, (token,))
         if len(request.output_ids) >= request.max_new_tokens:
             return _Ending("length", text, (token,))
         request.handle.push(request.increment(text, (token,), None, request.last_token_at))
@@ -241,8 +293,18 @@ class EngineLoop:
             text += "" if isinstance(ending.stop_reason, str) else request.detokenizer.finish().text
             whole = request.detokenizer.text
         now = request.last_token_at or time.perf_counter()
+        self._report(request, ending.finish_reason, error)
         last = request.increment(text, ending.token_ids, ending.finish_reason, now)
         request.handle.push(last, error or request.output(whole, ending.finish_reason, ending.stop_reason))
+
+    def _report(self, request: Request, outcome: str, error: EdgeLLMError | None) -> None:
+        """The end of a request in the metrics, the timeline and the log."""
+        ended = self._metrics.ended(request.request_id, outcome)
+        if self._timeline is not None:
+            self._timeline.ended(request.request_id, time.perf_counter(), outcome, len(request.output_ids))
+        figures = ended.log_fields() if ended is not None else {}
+        level = logging.WARNING if error is not None else logging.INFO
+        logs.event(log, level, "ended", request_id=request.request_id, outcome=outcome, **figures, error=error)
 
     def _keep(self, request: Request) -> None:
         """Copy the request's KV into the prompt cache, for a next turn, if it fits and is worth more than is there."""

@@ -16,16 +16,19 @@ import numpy as np
 from edgellm import progress
 from edgellm.config import KvCacheConfig
 from edgellm.engine_dir import EngineConfig, read_manifest, verify
-from edgellm.errors import RequestError
+from edgellm.errors import EdgeLLMError, RequestError
 from edgellm.runtime import prompt_cache_file
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
+from edgellm.runtime.guided import GuidedDecoder, GuidedDecodingParams
+from edgellm.runtime.metrics import KVUse, Metrics, MetricsSnapshot
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache, common_prefix, prompt_key
 from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOutput
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.runtime.scheduler import Scheduler
+from edgellm.runtime.timeline import Timeline
 from edgellm.runtime.tokenizer import Tokenizer
 from edgellm.vision.base import PreparedImage
 
@@ -48,7 +51,8 @@ class LLM:
 
     `num_threads` bounds the CPU threads of a step (None: every core this process may use); `max_queue` the requests
     that may wait; `prefill_chunk` the prompt tokens that are prefilled between two decode steps. With
-    `skip_tokenizer_init` prompts are token ids and answers carry no text.
+    `skip_tokenizer_init` prompts are token ids and answers carry no text. With `profile` every step is recorded in
+    `timeline`.
     Raises EngineDirError for a directory that is missing, changed or of another version.
     """
 
@@ -62,6 +66,7 @@ class LLM:
         max_queue: int = 64,
         kv_cache_config: KvCacheConfig | None = None,
         prefill_chunk: int = 256,
+        profile: bool = False,
     ) -> None:
         directory = self._directory = Path(engine_dir).resolve()
         self.config: EngineConfig = read_manifest(directory)
@@ -82,8 +87,14 @@ class LLM:
         self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
         self._counter = itertools.count()
+        self._guided: GuidedDecoder | None = None
+        self._guided_lock = threading.Lock()
         self._prompt_cache = PromptCache((kv_cache_config or KvCacheConfig()).prompt_cache_bytes)
-        self._loop = EngineLoop(self._scheduler, runner, self._prompt_cache, eos, prefill_chunk)
+        self._metrics = Metrics()
+        self.timeline = Timeline() if profile else None
+        self._loop = EngineLoop(
+            self._scheduler, runner, self._prompt_cache, eos, prefill_chunk, self._metrics, self.timeline
+        )
         self._thread = threading.Thread(target=self._loop.run, name="edgellm-engine", daemon=True)
         self._thread.start()
 
@@ -95,19 +106,26 @@ class LLM:
     ) -> None:
         self.close()
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> Any:
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        guided: GuidedDecodingParams | None = None,
+    ) -> Any:
         """Answer one prompt (a RequestOutput), or a list of prompts together (a list of them, in order); waits.
 
+        `guided` says what every answer must be.
         Raises RequestError for a prompt that cannot be accepted; then none of the list has been started.
         """
         if _is_one_prompt(prompts):
             if isinstance(sampling_params, Sequence):
                 raise RequestError(f"one prompt came with {len(sampling_params)} sampling_params; give one")
-            return self.generate_async(prompts, sampling_params).result()
+            return self.generate_async(prompts, sampling_params, guided=guided).result()
         params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params; give one or as many")
-        prepared = [self._prepare(p, s) for p, s in zip(prompts, params, strict=True)]
+        prepared = [self._prepare(p, s, guided=guided) for p, s in zip(prompts, params, strict=True)]
         return self._run_all(prepared)
 
     def generate_async(
@@ -115,6 +133,7 @@ class LLM:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         *,
+        guided: GuidedDecodingParams | None = None,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
         priority: int = 0,
@@ -123,16 +142,17 @@ class LLM:
     ) -> RequestHandle:
         """Start answering `prompt` and return at once. Tokenizing and image preprocessing happen in this thread.
 
+        `guided` says what the answer must be: JSON of a schema, a match of a regular expression, one of some choices, …
         `on_increment` is called on the engine's thread right after each token; it must be short. A request of higher
         `priority` goes first and displaces one of lower priority, which goes on later; among equals the `client` that
         has been served least goes first. After `deadline_s` seconds the request ends with what it has ("deadline").
         Raises RequestError for a prompt or image that cannot be accepted, QueueFullError when too many are waiting.
         """
-        request = self._prepare(prompt, sampling_params, on_increment, request_id)
+        request = self._prepare(prompt, sampling_params, on_increment, request_id, guided)
         request.priority, request.client = _checked_priority(priority), client
         if deadline_s is not None:
             request.deadline_at = request.submitted_at + _checked_deadline(deadline_s)
-        self._scheduler.submit(request)
+        self._submit(request)
         return request.handle
 
     def cache_system_prompt(self, name: str, text: str) -> SystemPromptInfo:
@@ -147,7 +167,7 @@ class LLM:
                 return dataclasses.replace(info, already_cached=True)
         request = self._prepare(ids, SamplingParams(max_tokens=1))
         request.pin_as = name
-        self._scheduler.submit(request)
+        self._submit(request)
         request.handle.result()
         return next(info for info in self.system_prompts() if info.name == name)
 
@@ -196,6 +216,24 @@ class LLM:
         ]
         return conversations[0][: common_prefix(*(np.asarray(c) for c in conversations))]
 
+    def guided_decoder(self) -> GuidedDecoder:
+        """What guided requests start from, built at the first call.
+
+        That takes about a second with a large vocabulary, and holds Python's lock: call it before serving.
+        """
+        if self.tokenizer is None:
+            raise RequestError("guided output needs the tokenizer; load the LLM without skip_tokenizer_init")
+        with self._guided_lock:
+            if self._guided is None:
+                self._guided = GuidedDecoder(self.tokenizer, self.config.decoder.vocab_size)
+            return self._guided
+
+    def metrics(self) -> MetricsSnapshot:
+        """What the runtime measures about itself at this moment."""
+        cache, limits = self._runner.kv_cache, self.config.limits
+        used = sum(r.cached_tokens for r in self._scheduler.running)
+        return self._metrics.snapshot(KVUse(used, limits.max_batch_size * limits.max_kv_cache_capacity, cache.nbytes))
+
     @property
     def queue_depth(self) -> int:
         """Requests that wait for a place in the batch."""
@@ -212,6 +250,14 @@ class LLM:
         self._thread.join()
         self._runner.close()
 
+    def _submit(self, request: Request) -> None:
+        self._metrics.submitted(request.request_id, len(request.token_ids), request.submitted_at)
+        try:
+            self._scheduler.submit(request)
+        except EdgeLLMError:
+            self._metrics.refused(request.request_id)
+            raise
+
     def _run_all(self, requests: list[Request]) -> list[RequestOutput]:
         """Submit in order, never more than the queue takes: a long list waits for itself, not fails."""
         outputs: list[RequestOutput] = []
@@ -219,7 +265,7 @@ class LLM:
         for request in requests:
             if len(open_requests) == self._scheduler.max_queue:
                 outputs.append(open_requests.pop(0).handle.result())
-            self._scheduler.submit(request)
+            self._submit(request)
             open_requests.append(request)
         return outputs + [r.handle.result() for r in open_requests]
 
@@ -229,6 +275,7 @@ class LLM:
         params: SamplingParams | None,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
+        guided: GuidedDecodingParams | None = None,
     ) -> Request:
         params = params or SamplingParams()
         text, token_ids, images = self._tokenize(prompt)
@@ -260,6 +307,7 @@ class LLM:
             max_new_tokens=min(params.max_tokens, limits.max_kv_cache_capacity - len(token_ids)),
             detokenizer=Detokenizer(self.tokenizer, params.stop_strings) if self.tokenizer is not None else None,
             handle=RequestHandle(identity, on_increment, lambda: setattr(request, "cancelled", True)),
+            guided=self.guided_decoder().start(guided) if guided is not None else None,
         )
         return request
 

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -73,6 +74,11 @@ class ModelRunner:
         self._no_deepstack = {f"deepstack_embeds_{i}": torch.zeros_like(self._embeds_B1H) for i in levels}
         self._decode_io: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._config.decoder.vocab_size
+
     def warm_up(self) -> None:
         """Run prefill and decode steps on zeros, so that the first requests do not pay for first use.
 
@@ -86,10 +92,13 @@ class ModelRunner:
                     self._rope.set_slot(rows - 1, None, 0)
                     self._prefill(rows - 1, embeds, {n: torch.zeros_like(embeds) for n in self._no_deepstack}, 0)
                 self.decode([0] * rows, [2] * rows)
+        if self._visual is not None and self.visual_runner is not None:
+            picture = np.zeros((64, 64, 3), dtype=np.uint8)
+            self.visual_runner.encode(self._visual, self.visual_runner.prepare(picture, "warm-up"))
 
     @property
     def device(self) -> torch.device:
-        """Where the KV cache is."""
+        """Where the KV cache and the logits are."""
         return self._engine.device
 
     def begin(self, slot: int, request: Request) -> None:

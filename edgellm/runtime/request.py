@@ -18,6 +18,7 @@ import torch
 
 from edgellm.errors import EdgeLLMError
 from edgellm.runtime.detokenizer import Detokenizer
+from edgellm.runtime.guided import GuidedState
 from edgellm.runtime.kv_cache import SavedSlot
 from edgellm.runtime.prompt_cache import Key
 from edgellm.runtime.sampling import SamplingParams
@@ -125,6 +126,7 @@ class Request:
     max_new_tokens: int
     detokenizer: Detokenizer | None
     handle: RequestHandle
+    guided: GuidedState | None = None
     priority: int = 0
     client: str = ""
     deadline_at: float = math.inf
@@ -139,6 +141,7 @@ class Request:
     seq: int = 0
     cancelled: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
+    displaced_at: float = 0.0
     started_at: float = 0.0
     vision_s: float = 0.0
     first_token_at: float = 0.0

@@ -106,6 +106,15 @@ class Tokenizer:
         except TypeError:
             raise ConfigError(f"{self._name}: does not tell its vocabulary size (no len())") from None
 
+    def to_json(self) -> str:
+        """The content of a tokenizer.json; raises ConfigError for an object that is not one of `tokenizers`."""
+        backend = getattr(self._backend, "backend_tokenizer", self._backend)
+        if not isinstance(backend, tokenizers.Tokenizer):
+            raise ConfigError(
+                f"{self._name}: is a {type(self._backend).__name__}; guided output needs one of the library tokenizers"
+            )
+        return str(backend.to_str())
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of `text`; `add_special_tokens` adds what the model wants around raw text, such as a BOS token."""
         options = {"add_special_tokens": add_special_tokens} if self._encode_takes_special else {}

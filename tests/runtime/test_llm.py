@@ -211,3 +211,52 @@ def test_timing_adds_up(llm: LLM) -> None:
     assert timing.ttft_s == pytest.approx(timing.queue_s + timing.vision_s + timing.prefill_s, abs=1e-3)
     assert timing.vision_s > 0
     assert timing.tokens_per_s == pytest.approx(39 / timing.decode_s)
+
+
+def test_metrics_and_timeline_follow_the_requests(tiny_engine: Path) -> None:
+    with LLM(tiny_engine, num_threads=2, max_queue=2, profile=True) as llm:
+        outputs = llm.generate([PROMPTS[0], PROMPTS[1], PROMPTS[1]], SamplingParams(max_tokens=10, ignore_eos=True))
+        handle = llm.generate_async(PROMPTS[1], SamplingParams(max_tokens=1000, ignore_eos=True))
+        next(iter(handle))
+        during = llm.metrics()
+        handle.cancel()
+        cancelled = handle.result(10)
+        after, timeline = llm.metrics(), llm.timeline
+    assert (during.running, during.waiting) == (1, 0)
+    assert 0 < during.kv_tokens < during.kv_capacity_tokens
+    assert (after.submitted, after.running, after.waiting) == (4, 0, 0)
+    assert after.ended == {"length": 3, "cancelled": 1}
+    assert after.completion_tokens == 30 + cancelled.usage.completion_tokens
+    assert after.kv_tokens == 0
+    by_id = {r.request_id: r for r in after.recent}
+    for output in (*outputs, cancelled):
+        metrics = by_id[output.request_id]
+        assert metrics.completion_tokens == output.usage.completion_tokens
+        assert metrics.reused_tokens == output.usage.reused_tokens
+        assert metrics.ttft_s == pytest.approx(output.timing.ttft_s, abs=0.02)
+    assert timeline is not None
+    spans = timeline.spans()
+    assert [s.kind for s in spans if outputs[0].request_id in s.request_ids][:3] == ["queued", "encode", "prefill"]
+    for output in outputs:
+        mine = [s for s in spans if output.request_id in s.request_ids]
+        assert sum(s.kind == "decode" for s in mine) == 9
+        assert (
+            sum(s.tokens for s in mine if s.kind == "prefill") + output.usage.reused_tokens
+            == output.usage.prompt_tokens
+        )
+    steps = [s for s in spans if s.kind != "queued"]
+    assert all(a.end <= b.start for a, b in zip(steps, steps[1:], strict=False)), "one thread runs one step at a time"
+
+
+def test_refused_requests_are_counted(tiny_engine: Path) -> None:
+    with LLM(tiny_engine, max_queue=1) as llm:
+        long = SamplingParams(max_tokens=500, ignore_eos=True)
+        refused = 0
+        for _ in range(10):
+            try:
+                llm.generate_async(PROMPTS[1], long)
+            except QueueFullError:
+                refused += 1
+        assert refused > 0
+        assert llm.metrics().refused == refused
+        assert llm.metrics().submitted == 10 - refused
