@@ -20,7 +20,7 @@ from edgellm.errors import EdgeLLMError, EngineError
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
-from edgellm.runtime.sampling import RowParams, sample
+from edgellm.runtime.sampling import RowParams, Sampled, row_errors, sample
 from edgellm.runtime.scheduler import Move, Scheduler
 
 log = logging.getLogger(__name__)
@@ -196,11 +196,13 @@ class EngineLoop:
         steps = torch.tensor([len(r.output_ids) for r in requests])
         self._accept(requests, sample(logits, self._rows, steps))
 
-    def _accept(self, requests: list[Request], tokens: torch.Tensor) -> None:
+    def _accept(self, requests: list[Request], sampled: Sampled) -> None:
         """Give each request its sampled token; those that are complete end after all have theirs, since slots move."""
+        for error in row_errors(sampled).values():
+            raise error
         now = time.perf_counter()
         complete = []
-        for request, token in zip(requests, tokens.tolist(), strict=True):
+        for request, token in zip(requests, sampled.tokens.tolist(), strict=True):
             request.first_token_at = request.first_token_at or now
             request.last_token_at = now
             ending = self._add_token(request, token)

@@ -12,7 +12,8 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgellm.errors import EngineError, RequestError
-from edgellm.runtime.sampling import RowParams, SamplingParams, draw, filter_logits, sample, uniform
+from edgellm.runtime.sampling import RowParams, SamplingParams, draw, filter_logits, row_errors, uniform
+from edgellm.runtime.sampling import sample as sample_batch
 
 VOCAB = 500
 MIXED = [
@@ -39,6 +40,14 @@ def one_thread() -> Iterator[None]:
 
 def rows_of(params: list[SamplingParams], seeds: list[int] | None = None) -> RowParams:
     return RowParams.from_params(params, seeds or list(range(len(params))))
+
+
+def sample(logits: torch.Tensor, rows: RowParams, steps: torch.Tensor) -> torch.Tensor:
+    """The tokens; raises what went wrong."""
+    sampled = sample_batch(logits, rows, steps)
+    for error in row_errors(sampled).values():
+        raise error
+    return sampled.tokens
 
 
 def by_transformers(logits_1V: torch.Tensor, p: SamplingParams) -> torch.Tensor:
