@@ -226,3 +226,41 @@ def test_defaults_and_normal_forms() -> None:
     assert dataclasses.replace(SamplingParams(stop="x"), max_tokens=3).stop == ("x",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.max_tokens = 3  # type: ignore[misc]
+
+
+def test_a_row_without_top_k_is_not_filtered_by_a_neighbours() -> None:
+    logits = torch.randn(3, VOCAB)
+    params = [
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=2.0, min_p=1e-9),
+    ]
+    assert torch.isfinite(filter_logits(logits, rows_of(params))).sum(dim=-1).tolist() == [5, VOCAB, VOCAB]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+def test_filters_of_a_large_vocabulary(scale: float) -> None:
+    """Peaked rows are known from their largest few logits, flat ones are not; together and alone they are the same."""
+    vocab = 20_000
+    logits = torch.randn(len(MIXED), vocab, generator=torch.Generator().manual_seed(1)) * scale
+    together = filter_logits(logits, rows_of(MIXED))
+    for row, params in enumerate(MIXED):
+        alone = filter_logits(logits[row : row + 1], rows_of([params]))[0]
+        assert torch.equal(alone, together[row])
+        assert torch.equal(torch.isfinite(alone), by_transformers(logits[row : row + 1], params)[0] > 0), params
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 1023, 1024, 1025, 5000])
+def test_draw_is_the_inverse_cdf(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    log_probs = torch.randn(200, vocab, generator=generator) * 3
+    log_probs[torch.rand(200, vocab, generator=generator) < 0.6] = -math.inf
+    log_probs[:, vocab // 2] = 0.0
+    numbers = torch.rand(200, generator=generator, dtype=torch.float64)
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    tokens = draw(log_probs, numbers)
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    rows = torch.arange(200)
+    assert bool(torch.isfinite(log_probs[rows, tokens]).all())
+    assert bool((cdf[rows, tokens] >= numbers - 1e-6).all())
+    assert bool((cdf[rows, tokens] - log_probs.double().softmax(-1)[rows, tokens] <= numbers + 1e-6).all())
