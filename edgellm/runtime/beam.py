@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
+from edgellm.runtime.logits_processors import tensor
 from edgellm.runtime.sampling_params import SamplingParams
 
 FAR_BELOW = -1e9
@@ -71,7 +72,7 @@ class BeamState:
             return torch.full((groups, *shape), value, dtype=dtype, device=device)
 
         def per_group(values: Sequence[object], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device).reshape(groups, -1)
+            return tensor(values, dtype, device).reshape(groups, -1)
 
         # All beams are the prompt yet: only the first may be continued, else all would be the same.
         scores = full(0.0, torch.float32, width)
