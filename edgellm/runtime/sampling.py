@@ -2,11 +2,11 @@
 
 The number drawn for a token depends only on the request's seed and the token's index in the answer, so the same seed
 gives the same text whatever else is in the batch. What happens to a row's logits, in this order: the edits of
-`logits_processors.py`, temperature, top-k, top-p, min-p. Rows that ask for none of this take the most likely token of
-their raw logits, and a batch of such rows costs one pass.
+`logits_processors.py`, then the temperature and filters of `draw.py`. Rows that ask for none of this take the most
+likely token of their raw logits, and a batch of such rows costs one pass.
 
-Nothing in `sample` waits for the device (but for callers' own logits processors), so it can be part of a CUDA graph;
-what went wrong in a row comes back as a number in `Sampled.fault`, for the host to look at when it reads the tokens.
+Nothing in `sample` waits for the device (but for callers' own logits processors), so it can be part of a CUDA graph.
+What went wrong in a row shows in numbers beside the tokens, for the host to look at when it reads these (`row_errors`).
 Shape legend: B rows of the batch, W rows whose logits are worked on, R rows that are drawn, V vocabulary, N rows and K
 places of reported log probabilities.
 """
@@ -17,12 +17,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from edgellm.errors import EdgeLLMError, EngineError, RequestError
+from edgellm.runtime.draw import DrawParams, draw_tokens
 from edgellm.runtime.logits_processors import Edits, SamplerState, edit, fixed_additions, tensor
-from edgellm.runtime.sampling_params import MAX_TOP_K, SamplingParams
+from edgellm.runtime.sampling_params import SamplingParams
 
 __all__ = [
     "Logprob",
@@ -31,47 +31,28 @@ __all__ = [
     "Sampled",
     "SamplerState",
     "SamplingParams",
-    "draw",
-    "filter_logits",
     "process",
     "row_errors",
     "sample",
     "token_logprobs",
-    "uniform",
 ]
-
-BROKEN_LOGITS = 1
-NOTHING_ALLOWED = 2
-
-BLOCK = 1024
-"""Tokens whose probabilities `draw` sums first."""
-
-FEW = 1024
-"""As many of the largest logits top-p looks at first on a CPU."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowParams:
     """The sampling parameters of a batch as tensors on the logits' device; build it again when a row joins or leaves.
 
-    `worked` [W] int64 are the rows that do not simply take the largest raw logit. `sampled` [R] are those that do not
-    decode greedily, `sampled_at` their places in `worked`; temperature … seed are [R] too, in that order. `sort_width`
-    is how many of the largest logits top-k and top-p must see, 0 where neither is on. `reported` [N] are the rows whose
-    log probabilities are wanted, `reported_rows` the same for the host, `top_logprobs` the most likely tokens of each.
+    `worked` [W] int64 are the rows that do not simply take the largest raw logit, None if that is all of them, in
+    order. Of these the first R, batch rows `sampled` [R] int64, are drawn as `draws` says. `reported` [N] int64 are the
+    rows whose log probabilities are wanted, `reported_rows` the same for the host, `top_logprobs` the most likely
+    tokens of each.
     """
 
-    batch_size: int
-    worked: torch.Tensor
+    worked: torch.Tensor | None
+    num_worked: int
     edits: Edits | None
     sampled: torch.Tensor
-    sampled_at: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seed: torch.Tensor
-    sort_width: int
-    any_min_p: bool
+    draws: DrawParams | None
     reported: torch.Tensor
     reported_rows: tuple[int, ...]
     top_logprobs: int
@@ -90,31 +71,21 @@ class RowParams:
 
         `eos_token_ids` are what `min_tokens` holds back; `guided` the rows for which `sample` gets a bitmask.
         """
-        edited = {i for i, p in enumerate(params) if _is_edited(p, eos_token_ids)} | set(guided)
+        edited = {i for i, p in enumerate(params) if p.needs_history or fixed_additions(p, eos_token_ids)} | {*guided}
         sampled = [i for i, p in enumerate(params) if not p.is_greedy]
-        # Rows that are drawn come first: where nothing else is worked on, no second copy is needed.
-        places = {row: at for at, row in enumerate([*sampled, *sorted(edited.difference(sampled))])}
-        edit_places = {row: places[row] for row in sorted(edited)}
-        chosen = [params[i] for i in sampled]
+        # Rows that are drawn come first, so that they are a slice.
+        worked = [*sampled, *sorted(edited.difference(sampled))]
+        places = {row: at for at, row in enumerate(worked) if row in edited}
         reported = tuple(i for i, p in enumerate(params) if p.needs_logprobs)
-
-        def ints(values: Sequence[int]) -> torch.Tensor:
-            return tensor(values, torch.int64, device)
-
         return cls(
-            batch_size=len(params),
-            worked=ints(list(places)),
-            edits=Edits.from_params(params, edit_places, device, eos_token_ids, guided) if edited else None,
-            sampled=ints(sampled),
-            sampled_at=ints(range(len(sampled))),
-            temperature=tensor([float(p.temperature) for p in chosen], torch.float32, device),
-            top_k=ints([p.top_k for p in chosen]),
-            top_p=tensor([float(p.top_p) for p in chosen], torch.float64, device),
-            min_p=tensor([float(p.min_p) for p in chosen], torch.float32, device),
-            seed=ints([seeds[i] for i in sampled]),
-            sort_width=max((_sort_width(p) for p in chosen), default=0),
-            any_min_p=any(p.min_p > 0.0 for p in chosen),
-            reported=ints(reported),
+            worked=None if worked == list(range(len(params))) else tensor(worked, torch.int64, device),
+            num_worked=len(worked),
+            edits=Edits.from_params(params, places, device, eos_token_ids, guided) if edited else None,
+            sampled=tensor(sampled, torch.int64, device),
+            draws=DrawParams.from_params([params[i] for i in sampled], [seeds[i] for i in sampled], device)
+            if sampled
+            else None,
+            reported=tensor(reported, torch.int64, device),
             reported_rows=reported,
             top_logprobs=max((params[i].logprobs or 0 for i in reported), default=0),
         )
@@ -128,14 +99,6 @@ class RowParams:
     def waits_for_host(self) -> bool:
         """Whether callers' own functions run at every step, which no CUDA graph can hold."""
         return self.edits is not None and bool(self.edits.custom)
-
-
-def _is_edited(params: SamplingParams, eos_token_ids: Sequence[int]) -> bool:
-    return params.needs_history or bool(fixed_additions(params, eos_token_ids))
-
-
-def _sort_width(params: SamplingParams) -> int:
-    return params.top_k or (MAX_TOP_K if params.top_p < 1.0 else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +137,14 @@ class Logprob:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """What `sample` gives, on the logits' device: `tokens` [B] int64, `fault` [B] uint8 (0: none), log probabilities of
-    the tokens of the `reported` rows, and the errors of callers' functions by row. See `row_errors`.
+    """What `sample` gives, on the logits' device: `tokens` [B] int64, the log probabilities of those of the `reported`
+    rows, and for `row_errors` each row's largest logit [B] as it came (`best`) and after the edits (`allowed`), and the
+    errors of callers' functions.
     """
 
     tokens: torch.Tensor
-    fault: torch.Tensor
+    best: torch.Tensor
+    allowed: torch.Tensor
     logprobs: Logprobs | None
     errors: dict[int, RequestError]
 
@@ -197,25 +162,22 @@ def sample(
     the largest logits. `state` is needed where `rows.needs_history`, `bitmask_BW` int32 (see `edit`) for guided rows.
     """
     best_B, tokens_B = _max(logits_BV)
-    fault_B = (~torch.isfinite(best_B)).to(torch.uint8) * BROKEN_LOGITS
-    errors: dict[int, RequestError] = {}
-    if rows.worked.numel():
-        worked_WV = logits_BV.index_select(0, rows.worked).float()
+    allowed_B, errors = best_B, {}
+    if rows.num_worked:
+        worked_WV = _worked(logits_BV, rows)
         if rows.edits is not None:
             errors = edit(worked_WV, rows.edits, steps_B, state, bitmask_BW)
-            best_W, tokens_W = _max(worked_WV)
-            tokens_B = tokens_B.index_copy(0, rows.worked, tokens_W)
-            nothing_W = (~torch.isfinite(best_W)).to(torch.uint8) * NOTHING_ALLOWED
-            fault_B = fault_B.index_add(0, rows.worked, nothing_W)
-        if rows.sampled.numel():
-            scaled_RV = filter_logits(worked_WV[: rows.sampled.numel()], rows)
-            uniform_R = uniform(rows.seed, steps_B.index_select(0, rows.sampled))
-            tokens_B = tokens_B.index_copy(0, rows.sampled, draw(scaled_RV, uniform_R))
+            allowed_W, tokens_W = _max(worked_WV)
+            allowed_B, tokens_B = _put(best_B, rows, allowed_W), _put(tokens_B, rows, tokens_W)
+        if rows.draws is not None:
+            count = rows.sampled.shape[0]
+            drawn_R = draw_tokens(worked_WV[:count], rows.draws, steps_B.index_select(0, rows.sampled))
+            tokens_B = tokens_B.index_copy(0, rows.sampled, drawn_R)
     logprobs = None
-    if rows.reported.numel():
+    if rows.reported_rows:
         of = (logits_BV.index_select(0, rows.reported), tokens_B.index_select(0, rows.reported))
         logprobs = token_logprobs(*of, rows.top_logprobs)
-    return Sampled(tokens_B, fault_B, logprobs, errors)
+    return Sampled(tokens_B, best_B, allowed_B, logprobs, errors)
 
 
 def process(
@@ -228,26 +190,33 @@ def process(
     """Scores [B, V] fp32 after everything that comes before temperature; a beam search chooses among these."""
     if rows.edits is None:
         return scores_BV, {}
-    worked_WV = scores_BV.index_select(0, rows.worked).float()
+    worked_WV = _worked(scores_BV, rows)
     errors = edit(worked_WV, rows.edits, steps_B, state, bitmask_BW)
-    return scores_BV.float().index_copy(0, rows.worked, worked_WV), errors
+    return _put(scores_BV.float(), rows, worked_WV), errors
+
+
+def _worked(logits_BV: torch.Tensor, rows: RowParams) -> torch.Tensor:
+    """A copy [W, V] of the rows that are worked on."""
+    return (logits_BV.clone() if rows.worked is None else logits_BV.index_select(0, rows.worked)).float()
+
+
+def _put(x_B: torch.Tensor, rows: RowParams, worked_W: torch.Tensor) -> torch.Tensor:
+    """`x_B` with the rows that were worked on."""
+    return worked_W if rows.worked is None else x_B.index_copy(0, rows.worked, worked_W)
 
 
 def row_errors(sampled: Sampled) -> dict[int, EdgeLLMError]:
     """What went wrong, by row of the batch; the tokens of these rows mean nothing. Waits for the device."""
     errors: dict[int, EdgeLLMError] = dict(sampled.errors)
-    for row, fault in enumerate(sampled.fault.tolist()):
-        if fault & BROKEN_LOGITS:
+    for row, (best, allowed) in enumerate(zip(sampled.best.tolist(), sampled.allowed.tolist(), strict=True)):
+        if not math.isfinite(best):
             errors[row] = EngineError(
                 f"the engine returned NaN or infinite logits for row {row} of the batch; rebuild the engine"
             )
-        elif fault:
-            errors.setdefault(
-                row,
-                RequestError(
-                    "the sampling parameters forbid every token of the model here; relax logit_bias, bad, min_tokens, "
-                    "the guided output or the logits_processors"
-                ),
+        elif not math.isfinite(allowed) and row not in errors:
+            errors[row] = RequestError(
+                "the sampling parameters forbid every token of the model here; relax logit_bias, bad, min_tokens, the "
+                "guided output or the logits_processors"
             )
     return errors
 
@@ -265,69 +234,6 @@ def token_logprobs(logits_NV: torch.Tensor, tokens_N: torch.Tensor, count: int) 
     return Logprobs((chosen_N1 - total_N1)[:, 0], rank_N, top_NK - total_N1, ids_NK)
 
 
-def filter_logits(logits_RV: torch.Tensor, rows: RowParams) -> torch.Tensor:
-    """Logits after temperature, top-k, top-p and min-p in this order, less their row's maximum; -inf is filtered out.
-
-    The order and the meaning of each are those of transformers' warpers, except that equal logits stay or go together,
-    so that no sorting order can show.
-    """
-    # Shifted before it is divided: a tiny temperature cannot overflow.
-    scaled = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / rows.temperature[:, None]
-    if not rows.sort_width and not rows.any_min_p:
-        return scaled
-    floor_R1 = torch.log(rows.min_p)[:, None]  # in logits, as the largest one is 0 now; -inf where off
-    if rows.sort_width:
-        floor_R1 = torch.maximum(floor_R1, _top_k_top_p_floor(scaled, rows))
-    return scaled.masked_fill(scaled < floor_R1, -math.inf)
-
-
-def _top_k_top_p_floor(scaled_RV: torch.Tensor, rows: RowParams) -> torch.Tensor:
-    """The smallest logit [R, 1] that top-k and top-p leave in each row; -inf where both are off."""
-    vocab = scaled_RV.shape[-1]
-    width = min(rows.sort_width, vocab)
-    top_k_R1 = torch.where(rows.top_k == 0, vocab, rows.top_k.clamp(max=vocab))[:, None]
-    whole_R1 = torch.exp(scaled_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
-    if scaled_RV.device.type == "cpu" and width > FEW:
-        # Nearly always the few largest tokens are enough to know; looking whether they are costs nothing on a CPU.
-        floor_R1, is_known_R1 = _floor_among(_largest(scaled_RV, FEW), whole_R1, top_k_R1, rows)
-        if bool(is_known_R1.all()):
-            return floor_R1
-    return _floor_among(_largest(scaled_RV, width), whole_R1, top_k_R1, rows)[0]
-
-
-def _floor_among(
-    descending_RN: torch.Tensor, whole_R1: torch.Tensor, top_k_R1: torch.Tensor, rows: RowParams
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The floor [R, 1] as far as the N largest logits tell, and whether they tell it, [R, 1] bool.
-
-    `whole_R1` is the sum of exp of all logits. A row's own result does not depend on N, where it is known.
-    """
-    count = descending_RN.shape[-1]
-    top_p_R1, has_top_k_R1 = rows.top_p[:, None], rows.top_k[:, None] > 0
-    probs = torch.exp(descending_RN) * (torch.arange(count, device=descending_RN.device) < top_k_R1)
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
-    # A token stays while the tokens before it hold less than top_p of the probability; the first one always stays.
-    wanted_R1 = torch.where(has_top_k_R1, mass[:, -1:], whole_R1) * top_p_R1
-    stays = (probs > 0) & (((mass - probs) < wanted_R1) | (top_p_R1 == 1.0))
-    last_R1 = stays.sum(dim=-1, keepdim=True).clamp(min=1) - 1  # 0 where top_p * mass underflows
-    is_off_R1 = ~has_top_k_R1 & (top_p_R1 == 1.0)
-    floor_R1 = descending_RN.gather(1, last_R1).masked_fill(is_off_R1, -math.inf)
-    return floor_R1, is_off_R1 | torch.where(has_top_k_R1, top_k_R1 <= count, mass[:, -1:] >= wanted_R1)
-
-
-def _largest(x_RV: torch.Tensor, width: int) -> torch.Tensor:
-    """The `width` largest values in descending order.
-
-    NumPy's vectorized sort is some forty times quicker than torch's on a CPU.
-    """
-    if x_RV.device.type != "cpu":
-        return x_RV.topk(width, dim=-1).values
-    values = x_RV.numpy()
-    if width < values.shape[-1]:
-        values = np.partition(values, values.shape[-1] - width, axis=-1)[:, -width:]
-    return torch.from_numpy(np.sort(values, axis=-1)[:, ::-1].copy())
-
-
 def _max(x_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's largest value (NaN if it holds one), and the first place where it stands."""
     if x_BV.device.type != "cpu" or x_BV.dtype != torch.float32:
@@ -335,57 +241,3 @@ def _max(x_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return best_B, places_B
     places_B = torch.from_numpy(x_BV.numpy().argmax(axis=-1))  # some six times quicker than torch's
     return x_BV.gather(1, places_B[:, None])[:, 0], places_B
-
-
-def draw(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-    """One token per row, [R] int64, from unnormalized log probabilities and a number in [0, 1) by the inverse CDF.
-
-    First the block of tokens is found, then the token in it: a float64 CDF of the whole vocabulary would cost more than
-    all the rest.
-    """
-    rows, vocab = scaled_RV.shape
-    blocks = -(-vocab // BLOCK)
-    probs = scaled_RV.new_zeros(rows, blocks * BLOCK)
-    torch.exp(scaled_RV, out=probs[:, :vocab])
-    probs = probs.view(rows, blocks, BLOCK)
-    cdf = probs.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target_R1 = torch.minimum(uniform_R[:, None] * cdf[:, -1:], _just_below(cdf[:, -1:]))
-    # right=True finds the first entry above the target, whose own probability is therefore not 0. Where logits are
-    # broken there is no such entry; that token is never used, but it must be one that exists.
-    block_R1 = torch.searchsorted(cdf, target_R1, right=True).clamp(max=blocks - 1)
-    before_R1 = cdf.gather(1, (block_R1 - 1).clamp(min=0)).masked_fill(block_R1 == 0, 0.0)
-    inner = probs.gather(1, block_R1[:, :, None].expand(-1, 1, BLOCK))[:, 0].cumsum(dim=-1, dtype=torch.float64)
-    # The two sums are rounded differently: without the limit the rest could be just past the block's last token.
-    rest_R1 = torch.minimum((target_R1 - before_R1).clamp(min=0.0), _just_below(inner[:, -1:]))
-    token_R1 = block_R1 * BLOCK + torch.searchsorted(inner, rest_R1, right=True)
-    return token_R1[:, 0].clamp(max=vocab - 1)
-
-
-def _just_below(x: torch.Tensor) -> torch.Tensor:
-    return torch.nextafter(x, torch.zeros_like(x))
-
-
-def uniform(seeds_R: torch.Tensor, steps_R: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), float64 with 53 random bits, that depend on (seed, step) alone: two rounds of SplitMix64.
-
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
-    """
-    bits = _mix64(_mix64(seeds_R) + (steps_R + 1) * _signed(0x9E3779B97F4A7C15))
-    return _shift_right(bits, 11).double() * 2.0**-53
-
-
-def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; int64 products wrap around, as its unsigned ones do."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; torch's own on int64 repeats the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that has it."""
-    return value - (1 << 64) if value >= 1 << 63 else value

@@ -12,7 +12,9 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgellm.errors import EngineError, RequestError
-from edgellm.runtime.sampling import RowParams, SamplingParams, draw, filter_logits, row_errors, uniform
+from edgellm.runtime import draw as drawing
+from edgellm.runtime.draw import draw, mix64, uniform
+from edgellm.runtime.sampling import RowParams, SamplingParams, row_errors
 from edgellm.runtime.sampling import sample as sample_batch
 
 VOCAB = 500
@@ -48,6 +50,11 @@ def sample(logits: torch.Tensor, rows: RowParams, steps: torch.Tensor) -> torch.
     for error in row_errors(sampled).values():
         raise error
     return sampled.tokens
+
+
+def filter_logits(logits: torch.Tensor, rows: RowParams) -> torch.Tensor:
+    assert rows.draws is not None
+    return drawing.filter_logits(logits, rows.draws)
 
 
 def by_transformers(logits_1V: torch.Tensor, p: SamplingParams) -> torch.Tensor:
@@ -130,7 +137,7 @@ def test_a_token_of_probability_0_is_never_drawn() -> None:
 def test_uniform_is_uniform_and_uncorrelated_over_seeds_and_steps() -> None:
     seeds = torch.arange(400)[:, None].expand(-1, 500)
     steps = torch.arange(500)[None].expand(400, -1)
-    u = uniform(seeds.reshape(-1), steps.reshape(-1)).reshape(400, 500)
+    u = uniform(mix64(seeds.reshape(-1)), steps.reshape(-1)).reshape(400, 500)
     assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1 and u.unique().numel() == u.numel()
     counts = torch.histc(u, bins=100, min=0, max=1)
     assert abs(float(((counts - 2000) ** 2 / 2000).sum()) - 99) < 5 * math.sqrt(2 * 99)
@@ -257,8 +264,9 @@ def test_draw_is_the_inverse_cdf(vocab: int) -> None:
     log_probs[torch.rand(200, vocab, generator=generator) < 0.6] = -math.inf
     log_probs[:, vocab // 2] = 0.0
     numbers = torch.rand(200, generator=generator, dtype=torch.float64)
-    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53])
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
     tokens = draw(log_probs, numbers)
+    assert torch.equal(drawing._draw_by_kernels(log_probs, numbers), tokens)  # the form used on a GPU
     cdf = log_probs.double().softmax(-1).cumsum(-1)
     rows = torch.arange(200)
     assert bool(torch.isfinite(log_probs[rows, tokens]).all())

@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from edgellm.runtime.logits_processors import SamplerState, apply_bitmask
+from edgellm.runtime.logits_processors import SamplerState, apply_bitmask, bitmask_table
 from edgellm.runtime.sampling import RowParams, SamplingParams, process, row_errors, sample, token_logprobs
 
 VOCAB = 97
@@ -265,12 +265,10 @@ def packed(allowed: torch.Tensor) -> torch.Tensor:
 def test_bitmask(vocab: int) -> None:
     allowed = torch.rand(3, vocab, generator=torch.Generator().manual_seed(vocab)) < 0.5
     logits = torch.randn(3, vocab)
-    got = apply_bitmask(logits, packed(allowed))
+    got = apply_bitmask(logits.clone(), packed(allowed), bitmask_table())
     assert torch.equal(got, logits.masked_fill(~allowed, -math.inf))
-    shifted = ((packed(allowed)[:, :, None] >> torch.arange(32, dtype=torch.int32)) & 1).bool().flatten(1)[:, :vocab]
-    assert torch.equal(shifted, allowed)  # the form used on a GPU
     if vocab > 32:
-        short = apply_bitmask(logits, packed(allowed)[:, :1])
+        short = apply_bitmask(logits.clone(), packed(allowed)[:, :1].contiguous(), bitmask_table())
         assert torch.equal(short[:, :32], got[:, :32]) and bool((short[:, 32:] == -math.inf).all())
 
 
@@ -289,16 +287,19 @@ def test_only_guided_rows_are_masked_and_before_everything_else() -> None:
     sampled = sample(logits, rows, torch.zeros(4, dtype=torch.int64), None, packed(allowed))
     assert int(sampled.tokens[0]) == 3 and all(50 <= int(t) < 60 for t in sampled.tokens[1:])
     assert not row_errors(sampled)
+    every = RowParams.from_params(params[:3], [0] * 3, guided=[0, 1, 2])
+    sampled = sample(logits[:3], every, torch.zeros(3, dtype=torch.int64), None, packed(allowed[:3]))
+    assert all(50 <= int(t) < 60 for t in sampled.tokens)
 
 
 def test_rows_that_want_nothing_are_not_worked_on() -> None:
     params = [SamplingParams(), SamplingParams(max_tokens=3, ignore_eos=True), SamplingParams(logprobs=2)]
     rows = RowParams.from_params(params, [0] * 3, eos_token_ids=EOS)
-    assert rows.worked.numel() == 0 and rows.edits is None and rows.reported_rows == (2,)
+    assert rows.num_worked == 0 and rows.edits is None and rows.reported_rows == (2,)
     rows = RowParams.from_params(
         [*params, SamplingParams(temperature=1.0), SamplingParams(min_tokens=1)], [0] * 5, eos_token_ids=EOS
     )
-    assert rows.worked.tolist() == [3, 4] and not rows.needs_history
+    assert rows.worked is not None and rows.worked.tolist() == [3, 4] and not rows.needs_history
 
 
 def test_log_probabilities_are_those_of_the_raw_logits() -> None:
@@ -394,5 +395,8 @@ def test_nothing_waits_for_the_device() -> None:
     state.append(sampled.tokens)
     state.reorder(steps)
     state.move_slot(3, 1)
-    assert sampled.tokens.shape == sampled.fault.shape == (len(batch),) and sampled.tokens.dtype == torch.int64
+    assert (
+        sampled.tokens.shape == sampled.best.shape == sampled.allowed.shape == (len(batch),)
+        and sampled.tokens.dtype == torch.int64
+    )
     assert sampled.logprobs is not None and sampled.logprobs.top.shape == (1, 3)
