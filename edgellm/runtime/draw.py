@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from edgellm.runtime.sampling_params import MAX_TOP_K, SamplingParams
 BLOCK = 1024
 """A large vocabulary's CDF is built over blocks of so many tokens, then within one of them."""
 
+PIECE = 16 * BLOCK
+"""So many exponentials are taken at a time on a CPU."""
+
 ONE_LEVEL = 8192
 """Up to so many tokens the CDF is built in one go."""
 
@@ -28,6 +32,9 @@ FEW = 1024
 
 BELOW_ONE = 1.0 - 2.0**-53
 """Times a positive float64 this is less than it, by one unit in the last place."""
+
+
+Array: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +69,8 @@ class DrawParams:
 
 
 def draw_tokens(logits_RV: torch.Tensor, draws: DrawParams, steps_R: torch.Tensor) -> torch.Tensor:
-    """One token per row, [R] int64; `steps_R` int64 is the token's index in its answer."""
-    scaled, floor_R1 = _scale(logits_RV, draws)
+    """One token per row, [R] int64; `steps_R` int64 is the token's index in its answer. Overwrites the logits."""
+    scaled, floor_R1 = _scale_(logits_RV, draws)
     uniform_R = uniform(draws.mixed_seed, steps_R)
     if scaled.device.type == "cpu":
         return _draw_on_cpu(scaled, floor_R1, uniform_R)
@@ -76,7 +83,7 @@ def filter_logits(logits_RV: torch.Tensor, draws: DrawParams) -> torch.Tensor:
     The order and the meaning of each are those of transformers' warpers, except that equal logits stay or go together,
     so that no sorting order can show.
     """
-    return _drop(*_scale(logits_RV, draws))
+    return _drop(*_scale_(logits_RV.clone(), draws))
 
 
 def draw(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
@@ -89,10 +96,10 @@ def draw(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
     return _draw_by_kernels(scaled_RV, uniform_R)
 
 
-def _scale(logits_RV: torch.Tensor, draws: DrawParams) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The logits over the temperature, their row's largest being 0, and the smallest [R, 1] that may be drawn."""
+def _scale_(logits_RV: torch.Tensor, draws: DrawParams) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """In place, the logits over the temperature, their row's largest being 0; and the least [R, 1] to be drawn."""
     # Shifted before it is divided: a tiny temperature cannot overflow.
-    scaled = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)).div_(draws.temperature[:, None])
+    scaled = logits_RV.sub_(logits_RV.amax(dim=-1, keepdim=True)).div_(draws.temperature[:, None])
     if not draws.sort_width:
         return scaled, torch.log(draws.min_p)[:, None] if draws.any_min_p else None
     floor_R1 = _top_k_top_p_floor(scaled, draws)
@@ -109,13 +116,20 @@ def _top_k_top_p_floor(scaled_RV: torch.Tensor, draws: DrawParams) -> torch.Tens
     width = min(draws.sort_width, vocab)
     whole_R1 = None
     if draws.sort_width == MAX_TOP_K:  # top-p over all tokens
-        whole_R1 = torch.exp(scaled_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
+        whole_R1 = _sum_of_exp(scaled_RV)
     if scaled_RV.device.type == "cpu" and width > FEW:
         # Nearly always the few largest tokens are enough to know; looking whether they are costs nothing on a CPU.
         floor_R1, is_known_R1 = _floor_among(_largest(scaled_RV, FEW), whole_R1, vocab, draws)
         if bool(is_known_R1.all()):
             return floor_R1
     return _floor_among(_largest(scaled_RV, width), whole_R1, vocab, draws)[0]
+
+
+def _sum_of_exp(scaled_RV: torch.Tensor) -> torch.Tensor:
+    """[R, 1] float64."""
+    if scaled_RV.device.type != "cpu":
+        return torch.exp(scaled_RV).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return torch.tensor([[float(_block_sums(scaled_V).sum())] for scaled_V in scaled_RV.numpy()], dtype=torch.float64)
 
 
 def _floor_among(
@@ -156,29 +170,41 @@ def _largest(x_RV: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _draw_on_cpu(scaled_RV: torch.Tensor, floor_R1: torch.Tensor | None, uniform_R: torch.Tensor) -> torch.Tensor:
-    """`draw` row by row among the tokens that can be drawn, which are few after a filter."""
+    """`draw` row by row, and where there is a filter only among the tokens that it leaves."""
     tokens = []
     for row, number in enumerate(uniform_R.tolist()):
         scaled_V = scaled_RV[row].numpy()
-        least = -math.inf if floor_R1 is None else float(floor_R1[row])
-        # exp of -inf is slow, and there may be many
-        places = np.flatnonzero(scaled_V >= least if least > -math.inf else scaled_V > least)
-        probs = np.exp(scaled_V if places.size == scaled_V.size else scaled_V[places])
-        tokens.append(int(places[_find(probs, number)]) if places.size else 0)
+        if floor_R1 is None or math.isinf(floor := float(floor_R1[row])):
+            tokens.append(_find(scaled_V, number))
+        else:
+            places = np.flatnonzero(scaled_V >= floor)
+            tokens.append(int(places[_find(scaled_V[places], number)]) if places.size else 0)
     return torch.tensor(tokens, dtype=torch.int64)
 
 
-def _find(probs: np.ndarray[tuple[int], np.dtype[np.float32]], number: float) -> int:
+def _find(scaled_N: Array, number: float) -> int:
     """The place whose probability the number, a share of them all, falls in; by blocks, then within one."""
-    starts = np.arange(0, probs.size, BLOCK)
-    cdf = np.cumsum(np.add.reduceat(probs, starts, dtype=np.float64))
+    cdf = np.cumsum(_block_sums(scaled_N))
     target = number * cdf[-1]
     # side="right" finds the first entry above the target, whose own probability is therefore not 0.
-    block = min(int(np.searchsorted(cdf, target, side="right")), starts.size - 1)
-    inner = np.cumsum(probs[starts[block] : starts[block] + BLOCK], dtype=np.float64)
+    block = min(int(np.searchsorted(cdf, target, side="right")), cdf.size - 1)
+    inner = np.cumsum(np.exp(scaled_N[block * BLOCK : (block + 1) * BLOCK]), dtype=np.float64)
     # The two sums are rounded differently: without the limit the rest could be just past the block's last token.
     rest = min(max(target - (cdf[block - 1] if block else 0.0), 0.0), inner[-1] * BELOW_ONE)
-    return min(int(starts[block] + np.searchsorted(inner, rest, side="right")), probs.size - 1)
+    return min(int(block * BLOCK + np.searchsorted(inner, rest, side="right")), scaled_N.size - 1)
+
+
+def _block_sums(scaled_N: Array) -> Array:
+    """Sums of exp over each BLOCK places, float64.
+
+    A piece at a time, because a large temporary array costs more than the exponentials: its memory comes anew from the
+    system at every call.
+    """
+    sums = []
+    for start in range(0, scaled_N.size, PIECE):
+        piece = np.exp(scaled_N[start : start + PIECE])
+        sums.append(np.add.reduceat(piece, np.arange(0, piece.size, BLOCK), dtype=np.float64))
+    return np.concatenate(sums)
 
 
 def _draw_by_kernels(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
