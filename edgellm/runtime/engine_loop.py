@@ -174,9 +174,9 @@ class EngineLoop:
             self._pin(request)
             return
         rows = RowParams.from_params([request.params], [request.seed])
-        token = sample(logits, rows, torch.zeros(1, dtype=torch.int64))
+        sampled = sample(logits, rows, torch.zeros(1, dtype=torch.int64))
         self._follow(self._scheduler.promote())
-        self._accept(requests, token)
+        self._accept(requests, sampled)
 
     def _pin(self, request: Request) -> None:
         assert request.pin_as is not None
