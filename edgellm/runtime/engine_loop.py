@@ -23,7 +23,7 @@ from edgellm.runtime.metrics import Metrics
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache
 from edgellm.runtime.request import Request
-from edgellm.runtime.sampling import RowParams, sample
+from edgellm.runtime.sampling import Logprob, RowParams, Sampled, SamplerState, row_errors, sample
 from edgellm.runtime.scheduler import Move, Scheduler
 from edgellm.runtime.timeline import Timeline
 
@@ -62,6 +62,7 @@ class EngineLoop:
         self._metrics = metrics
         self._timeline = timeline
         self._rows: RowParams | None = None
+        self._history = SamplerState.empty(scheduler.max_batch_size, runner.capacity, runner.device)
         self._masks = MaskWorker(scheduler.max_batch_size, runner.vocab_size, runner.device)
         self._calls: list[Callable[[], None]] = []
         self._calls_lock = threading.Lock()
@@ -138,6 +139,7 @@ class EngineLoop:
         if move is not None:
             moved = self._scheduler.decoding[move.target]
             self._runner.move_slot(move.source, move.target, moved.cached_tokens)
+            self._history.move_slot(move.source, move.target)
 
     def _guarded(self, requests: list[Request], step: Callable[[list[Request]], None]) -> None:
         """Run a step; what it raises fails the requests it ran for, and no others."""
@@ -168,6 +170,7 @@ class EngineLoop:
             request.saved = None
             if request.output_ids:
                 self._follow(self._scheduler.promote())
+                self._history.set_slot(self._scheduler.slot_of(request), request.token_ids, request.output_ids)
             return
         entry, shared = self._prompt_cache.lookup(request.key, request.adapter)
         shared = min(shared, len(request.key) - 1)  # the last token is always computed: its logits are wanted
@@ -197,11 +200,13 @@ class EngineLoop:
         if request.pin_as is not None:
             self._pin(request)
             return
-        rows = RowParams.from_params([request.params], [request.seed], logits.device)
-        failures = self._mask(logits)
-        token = sample(logits, rows, torch.zeros(1, dtype=torch.int64, device=logits.device))
         self._follow(self._scheduler.promote())
-        self._accept(requests, token, failures)
+        slot = self._scheduler.slot_of(request)
+        self._history.set_slot(slot, request.token_ids)
+        rows = self._row_params(requests, logits.device)
+        failures = self._mask(logits)
+        sampled = self._sample(logits, rows, requests, slot)
+        self._accept(requests, sampled, failures)
 
     def _pin(self, request: Request) -> None:
         assert request.pin_as is not None
@@ -219,13 +224,26 @@ class EngineLoop:
         self._masks.start([r.guided for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
         if self._rows is None:
-            seeds = [r.seed for r in requests]
-            self._rows = RowParams.from_params([r.params for r in requests], seeds, logits.device)
-        steps = torch.tensor([len(r.output_ids) for r in requests], device=logits.device)
+            self._rows = self._row_params(requests, logits.device)
         failures = self._mask(logits)
-        tokens = sample(logits, self._rows, steps)
+        sampled = self._sample(logits, self._rows, requests, 0)
         self._record("decode", start, requests, len(requests))
-        self._accept(requests, tokens, failures)
+        self._accept(requests, sampled, failures)
+
+    def _row_params(self, requests: list[Request], device: torch.device) -> RowParams:
+        eos = sorted(self._eos_token_ids)
+        params, seeds = [r.params for r in requests], [r.seed for r in requests]
+        return RowParams.from_params(params, seeds, device, eos_token_ids=eos)
+
+    def _sample(self, logits: torch.Tensor, rows: RowParams, requests: list[Request], first_slot: int) -> Sampled:
+        """The next token of each row; the rows are those of the slots from `first_slot` on."""
+        steps = torch.tensor([len(r.output_ids) for r in requests], device=logits.device)
+        if not rows.needs_history:
+            return sample(logits, rows, steps)
+        history = self._history.view(first_slot, len(requests))
+        sampled = sample(logits, rows, steps, history)
+        history.append(sampled.tokens)
+        return sampled
 
     def _record(self, kind: str, start: float, requests: list[Request], tokens: int = 0) -> None:
         """Something that has just ended goes into the timeline, if there is one."""
@@ -239,23 +257,34 @@ class EngineLoop:
             apply_bitmask(logits, bitmask)
         return failures
 
-    def _accept(self, requests: list[Request], tokens: torch.Tensor, failures: dict[int, RequestError]) -> None:
+    def _accept(self, requests: list[Request], sampled: Sampled, masked: dict[int, RequestError]) -> None:
         """Give each request its sampled token; those that are complete end after all have theirs, since slots move."""
+        failures: dict[int, EdgeLLMError] = row_errors(sampled) | masked
+        tokens = sampled.tokens.tolist()
+        reported = self._logprobs(requests, sampled, tokens)
         now = time.perf_counter()
         complete: list[tuple[Request, _Ending, EdgeLLMError | None]] = []
-        for row, (request, token) in enumerate(zip(requests, tokens.tolist(), strict=True)):
+        for row, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             if row in failures:
                 complete.append((request, _Ending("error"), failures[row]))
                 continue
             request.first_token_at = request.first_token_at or now
             request.last_token_at = now
-            ending = self._add_token(request, token)
+            ending = self._add_token(request, token, reported.get(row))
             if ending is not None:
                 complete.append((request, ending, None))
         for request, ending, error in complete:
             self._end(request, ending, error)
 
-    def _add_token(self, request: Request, token: int) -> _Ending | None:
+    def _logprobs(self, requests: list[Request], sampled: Sampled, tokens: list[int]) -> dict[int, dict[int, Logprob]]:
+        """By row, the log probabilities that its request wants to see."""
+        rows = [i for i, r in enumerate(requests) if r.params.needs_logprobs]
+        if sampled.logprobs is None:
+            return {}
+        counts = [requests[i].params.logprobs or 0 for i in rows]
+        return dict(zip(rows, sampled.logprobs.dicts([tokens[i] for i in rows], counts), strict=True))
+
+    def _add_token(self, request: Request, token: int, logprobs: dict[int, Logprob] | None) -> _Ending | None:
         """Append the token and send its text, or say how the request ends."""
         guided = request.guided
         if token in self._eos_token_ids and (guided is not None or not request.params.ignore_eos):
@@ -263,6 +292,8 @@ class EngineLoop:
         if token in (request.params.stop_token_ids or ()):
             return _Ending("stop", stop_reason=token)
         request.output_ids.append(token)
+        if logprobs is not None:
+            request.logprobs.append(logprobs)
         self._metrics.token(request.request_id)
         text, stopped_by = "", None
         if request.detokenizer is not None:

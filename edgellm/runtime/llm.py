@@ -277,7 +277,9 @@ class LLM:
         request_id: str | None = None,
         guided: GuidedDecodingParams | None = None,
     ) -> Request:
-        params = params or SamplingParams()
+        params = (params or SamplingParams()).resolved(self.tokenizer.encode if self.tokenizer is not None else None)
+        params.check_vocabulary(self.config.decoder.vocab_size)
+        _refuse_unsupported(params)
         text, token_ids, images = self._tokenize(prompt)
         positions, next_position = None, len(token_ids)
         if self._visual_runner is not None:
@@ -339,6 +341,17 @@ class LLM:
         if bad is not None:
             raise RequestError(f"the prompt holds token id {bad}, the model's vocabulary has 0 to {size - 1}")
         return ids
+
+
+def _refuse_unsupported(params: SamplingParams) -> None:
+    """What SamplingParams can say and the engine loop does not do yet must not be ignored silently."""
+    for name, asked in (
+        ("n or best_of", params.num_answers > 1),
+        ("beam_width", params.beam_width > 1),
+        ("prompt_logprobs", params.prompt_logprobs is not None),
+    ):
+        if asked:
+            raise RequestError(f"sampling parameter {name} is not supported by the runtime yet; leave it out")
 
 
 def _checked_priority(priority: int) -> int:

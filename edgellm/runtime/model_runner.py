@@ -101,6 +101,11 @@ class ModelRunner:
         """Where the KV cache and the logits are."""
         return self._engine.device
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that a slot of the KV cache holds."""
+        return self._config.limits.max_kv_cache_capacity
+
     def begin(self, slot: int, request: Request) -> None:
         """Prepare the slot for the request's tokens: the rotary positions of its prompt and answer."""
         self._rope.set_slot(slot, request.positions_3S, request.next_position)

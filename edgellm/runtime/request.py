@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import enum
 import functools
 import logging
@@ -21,7 +22,7 @@ from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.guided import GuidedState
 from edgellm.runtime.kv_cache import SavedSlot
 from edgellm.runtime.prompt_cache import Key
-from edgellm.runtime.sampling import SamplingParams
+from edgellm.runtime.sampling import Logprob, SamplingParams
 from edgellm.vision.base import PreparedImage, VisualFeatures
 
 log = logging.getLogger(__name__)
@@ -46,13 +47,18 @@ class Increment:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer. `stop_reason` is the stop string or stop token id that ended it, if one did."""
+    """One answer. `stop_reason` is the stop string or stop token id that ended it, if one did.
+
+    `logprobs`, if asked for, has for each token the most likely ones and itself; `cumulative_logprob` is their sum.
+    """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str
     stop_reason: str | int | None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,7 @@ class Request:
     features: list[VisualFeatures | None] = field(default_factory=list)
     saved: SavedSlot | None = None
     output_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     seq: int = 0
     cancelled: bool = False
     submitted_at: float = field(default_factory=time.perf_counter)
@@ -190,6 +197,9 @@ class Request:
         )
         usage = Usage(len(self.token_ids), tokens, self.reused)
         completion = CompletionOutput(0, text, list(self.output_ids), finish_reason, stop_reason)
+        if self.params.needs_logprobs:
+            total = sum(p[t].logprob for p, t in zip(self.logprobs, self.output_ids, strict=True))
+            completion = dataclasses.replace(completion, logprobs=list(self.logprobs), cumulative_logprob=total)
         return RequestOutput(self.request_id, self.prompt, list(self.token_ids), [completion], usage, timing)
 
 

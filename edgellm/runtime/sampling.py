@@ -1,246 +1,243 @@
-"""Sampling parameters of a request, and the pure functions that draw one token per row of a batch.
+"""Draws one token per row of a batch from the logits, each row with its own parameters and its own random stream.
 
-Each row has its own parameters and its own random stream: the number drawn for a token depends only on the request's
-seed and the token's index in the answer, so the same seed gives the same text whatever else is in the batch. Shape
-legend: B rows of the batch, R rows that sample, V vocabulary.
+The number drawn for a token depends only on the request's seed and the token's index in the answer, so the same seed
+gives the same text whatever else is in the batch. What happens to a row's logits, in this order: the edits of
+`logits_processors.py`, then the temperature and filters of `draw.py`. Rows that ask for none of this take the most
+likely token of their raw logits, and a batch of such rows costs one pass.
+
+Nothing in `sample` waits for the device (but for callers' own logits processors), so it can be part of a CUDA graph.
+What went wrong in a row shows in numbers beside the tokens, for the host to look at when it reads these (`row_errors`).
+Shape legend: B rows of the batch, W rows whose logits are worked on, R rows that are drawn, V vocabulary, N rows and K
+places of reported log probabilities.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from edgellm.errors import EngineError, RequestError
+from edgellm.errors import EdgeLLMError, EngineError, RequestError
+from edgellm.runtime.draw import DrawParams, draw_tokens
+from edgellm.runtime.logits_processors import Edits, SamplerState, edit, fixed_additions, tensor
+from edgellm.runtime.sampling_params import SamplingParams
 
-GREEDY_BELOW = 1e-5
-"""A temperature below this counts as 0: the most likely token always wins."""
-
-MAX_SEED = 2**63 - 1
-MAX_TOP_K = 2**31 - 1
-MAX_TEMPERATURE = 100.0
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to draw and when to stop; every value is checked, and a bad one is a RequestError that names its range.
-
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` None draws a fresh one per request.
-    `stop` (one string or several) and `stop_token_ids` end the answer and are not part of its text. With `ignore_eos`
-    only `max_tokens` and the stops end it. After construction `stop` and `stop_token_ids` are tuples.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
-    stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] | None = None
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_int("top_k", self.top_k, 0, MAX_TOP_K)
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, MAX_SEED)
-        _check_number(
-            "temperature",
-            self.temperature,
-            f"0 (greedy) to {MAX_TEMPERATURE:g}",
-            0.0 <= _real(self.temperature) <= MAX_TEMPERATURE,
-        )
-        _check_number("top_p", self.top_p, "above 0 and at most 1", 0.0 < _real(self.top_p) <= 1.0)
-        _check_number("min_p", self.min_p, "0 to 1", 0.0 <= _real(self.min_p) <= 1.0)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
-        object.__setattr__(self, "stop", _stop_strings(self.stop))
-        object.__setattr__(self, "stop_token_ids", _stop_ids(self.stop_token_ids))
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is taken every time."""
-        return self.temperature < GREEDY_BELOW
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as it is after construction."""
-        return tuple(self.stop or ())
-
-    def resolved_seed(self) -> int:
-        """`seed`, or a fresh random one."""
-        return secrets.randbelow(MAX_SEED) if self.seed is None else self.seed
-
-
-def _real(value: object) -> float:
-    """`value` as a float; NaN for what is no number, which fails every range."""
-    return math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else float(value)
-
-
-def _check_number(name: str, value: object, valid: str, ok: bool) -> None:
-    if not ok:
-        raise RequestError(f"{name} is {value!r}; it must be a number, {valid}")
-
-
-def _check_int(name: str, value: object, low: int, high: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RequestError(f"{name} is {value!r}; it must be a whole number {limits}")
-
-
-def _stop_strings(stop: object) -> tuple[str, ...]:
-    stops = (
-        (stop,) if isinstance(stop, str) else stop if isinstance(stop, (list, tuple)) else () if stop is None else None
-    )
-    if stops is None or any(not isinstance(s, str) or not s for s in stops):
-        raise RequestError(f"stop is {stop!r}; it must be a string or a list of strings, none of them empty")
-    return tuple(stops)
-
-
-def _stop_ids(ids: object) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    if not isinstance(ids, (list, tuple)) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise RequestError(f"stop_token_ids is {ids!r}; it must be a list of token ids, whole numbers of at least 0")
-    return tuple(ids)
+__all__ = [
+    "Logprob",
+    "Logprobs",
+    "RowParams",
+    "Sampled",
+    "SamplerState",
+    "SamplingParams",
+    "process",
+    "row_errors",
+    "sample",
+    "token_logprobs",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class RowParams:
-    """The sampling parameters of a batch as tensors on the logits' device; rebuild it when a row joins or leaves.
+    """The sampling parameters of a batch as tensors on the logits' device; build it again when a row joins or leaves.
 
-    `sampled` [R] int64 are the rows that do not decode greedily; every other tensor is [R] too, in that order.
-    `sort_width` is how many of the largest logits top-k and top-p must see; 0 where neither is on.
+    `worked` [W] int64 are the rows that do not simply take the largest raw logit, None if that is all of them, in
+    order. Of these the first R, batch rows `sampled` [R] int64, are drawn as `draws` says. `reported` [N] int64 are the
+    rows whose log probabilities are wanted, `reported_rows` the same for the host, `top_logprobs` the most likely
+    tokens of each.
     """
 
-    batch_size: int
+    worked: torch.Tensor | None
+    num_worked: int
+    edits: Edits | None
     sampled: torch.Tensor
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seed: torch.Tensor
-    sort_width: int
+    draws: DrawParams | None
+    reported: torch.Tensor
+    reported_rows: tuple[int, ...]
+    top_logprobs: int
 
     @classmethod
     def from_params(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu"
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        eos_token_ids: Sequence[int] = (),
+        guided: Sequence[int] = (),
     ) -> RowParams:
-        """From each row's parameters and resolved seed (see `SamplingParams.resolved_seed`)."""
-        rows = [i for i, p in enumerate(params) if not p.is_greedy]
-        chosen = [params[i] for i in rows]
+        """From each row's parameters and resolved seed (see `SamplingParams.resolved_seed`).
 
-        def tensor(values: list[int] | list[float], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
+        `eos_token_ids` are what `min_tokens` holds back; `guided` the rows for which `sample` gets a bitmask.
+        """
+        edited = {i for i, p in enumerate(params) if p.needs_history or fixed_additions(p, eos_token_ids)} | {*guided}
+        sampled = [i for i, p in enumerate(params) if not p.is_greedy]
+        # Rows that are drawn come first, so that they are a slice.
+        worked = [*sampled, *sorted(edited.difference(sampled))]
+        places = {row: at for at, row in enumerate(worked) if row in edited}
+        reported = tuple(i for i, p in enumerate(params) if p.needs_logprobs)
         return cls(
-            batch_size=len(params),
-            sampled=tensor(rows, torch.int64),
-            temperature=tensor([float(p.temperature) for p in chosen], torch.float32),
-            top_k=tensor([p.top_k for p in chosen], torch.int64),
-            top_p=tensor([float(p.top_p) for p in chosen], torch.float64),
-            min_p=tensor([float(p.min_p) for p in chosen], torch.float32),
-            seed=tensor([seeds[i] for i in rows], torch.int64),
-            sort_width=max((_sort_width(p) for p in chosen), default=0),
+            worked=None if worked == list(range(len(params))) else tensor(worked, torch.int64, device),
+            num_worked=len(worked),
+            edits=Edits.from_params(params, places, device, eos_token_ids, guided) if edited else None,
+            sampled=tensor(sampled, torch.int64, device),
+            draws=DrawParams.from_params([params[i] for i in sampled], [seeds[i] for i in sampled], device)
+            if sampled
+            else None,
+            reported=tensor(reported, torch.int64, device),
+            reported_rows=reported,
+            top_logprobs=max((params[i].logprobs or 0 for i in reported), default=0),
         )
 
+    @property
+    def needs_history(self) -> bool:
+        """Whether `sample` needs a SamplerState for this batch, and `SamplerState.append` is due after it."""
+        return self.edits is not None and self.edits.needs_history
 
-def _sort_width(params: SamplingParams) -> int:
-    return params.top_k or (MAX_TOP_K if params.top_p < 1.0 else 0)
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether callers' own functions run at every step, which no CUDA graph can hold."""
+        return self.edits is not None and bool(self.edits.custom)
 
 
-def sample(logits_BV: torch.Tensor, rows: RowParams, steps_B: torch.Tensor) -> torch.Tensor:
-    """The next token of each row, [B] int64.
+@dataclass(frozen=True, eq=False)
+class Logprobs:
+    """Log probabilities of N tokens under the raw logits, on the logits' device.
 
-    `steps_B` int64 is the index, within its answer, of the token that each row draws now. Greedy rows take the first
-    of the largest logits. Raises EngineError when a row's logits hold NaN or +inf.
+    `chosen` [N] fp32 and `rank` [N] int64 (1: the most likely) of the tokens themselves, `top` [N, K] fp32 and
+    `top_ids` [N, K] int64 of the most likely ones.
     """
-    best_B, tokens_B = logits_BV.max(dim=-1)
-    if not bool(torch.isfinite(best_B).all()):
-        bad = int((~torch.isfinite(best_B)).nonzero()[0])
-        raise EngineError(f"the engine returned NaN or infinite logits for row {bad} of the batch; rebuild the engine")
-    if rows.sampled.numel() == 0:
-        return tokens_B
-    scaled_RV = filter_logits(logits_BV.index_select(0, rows.sampled).float(), rows)
-    uniform_R = uniform(rows.seed, steps_B.index_select(0, rows.sampled))
-    return tokens_B.index_copy(0, rows.sampled, draw(scaled_RV, uniform_R))
+
+    chosen: torch.Tensor
+    rank: torch.Tensor
+    top: torch.Tensor
+    top_ids: torch.Tensor
+
+    def dicts(self, tokens: Sequence[int], counts: Sequence[int]) -> list[dict[int, Logprob]]:
+        """For the host: {token id: Logprob} of each of the N places, the `counts[i]` most likely and the token itself.
+
+        `tokens` are those that `chosen` belongs to. Waits for the device.
+        """
+        columns = (self.chosen.tolist(), self.rank.tolist(), self.top.tolist(), self.top_ids.tolist(), tokens, counts)
+        out = []
+        for chosen, rank, top, top_ids, token, count in zip(*columns, strict=True):
+            best = zip(top_ids[:count], top[:count], range(1, count + 1), strict=True)
+            out.append({i: Logprob(value, place) for i, value, place in best} | {token: Logprob(chosen, rank)})
+        return out
 
 
-def filter_logits(logits_RV: torch.Tensor, rows: RowParams) -> torch.Tensor:
-    """Logits after temperature, top-k, top-p and min-p in this order, less their row's maximum; -inf is filtered out.
+@dataclass(frozen=True)
+class Logprob:
+    """A token's log probability, and its place among all tokens (1: the most likely)."""
 
-    The order and the meaning of each are those of transformers' warpers, except that equal logits stay or go together,
-    so that no sorting order can show.
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """What `sample` gives, on the logits' device: `tokens` [B] int64, the log probabilities of those of the `reported`
+    rows, and for `row_errors` each row's largest logit [B] as it came (`best`) and after the edits (`allowed`), and the
+    errors of callers' functions.
     """
-    shifted = (
-        logits_RV - logits_RV.max(dim=-1, keepdim=True).values
-    )  # before dividing: a tiny temperature cannot overflow
-    scaled = shifted / rows.temperature[:, None]
-    floor_R1 = torch.log(rows.min_p)[:, None]  # in logits, as the largest one is 0 now; -inf where off
-    if rows.sort_width:
-        floor_R1 = torch.maximum(floor_R1, _top_k_top_p_floor(scaled, rows))
-    return scaled.masked_fill(scaled < floor_R1, -math.inf)
+
+    tokens: torch.Tensor
+    best: torch.Tensor
+    allowed: torch.Tensor
+    logprobs: Logprobs | None
+    errors: dict[int, RequestError]
 
 
-def _top_k_top_p_floor(scaled_RV: torch.Tensor, rows: RowParams) -> torch.Tensor:
-    """The smallest logit [R, 1] that top-k and top-p leave in each row."""
-    width = min(rows.sort_width, scaled_RV.shape[-1])
-    descending = _largest(scaled_RV, width)
-    last = torch.where(rows.top_k == 0, width, rows.top_k.clamp(max=width))[:, None] - 1
-    in_top_k = torch.arange(width, device=scaled_RV.device) <= last
-    # A token stays while the tokens before it hold less than top_p of the probability; the first one always stays.
-    probs = torch.exp(descending) * in_top_k
-    mass = probs.cumsum(dim=-1, dtype=torch.float64)
-    in_top_p = ((mass - probs) < rows.top_p[:, None] * mass[:, -1:]) | (rows.top_p[:, None] == 1.0)
-    count = (in_top_k & in_top_p).sum(dim=-1, keepdim=True).clamp(min=1)  # 0 where top_p * mass underflows
-    return descending.gather(1, count - 1)
+def sample(
+    logits_BV: torch.Tensor,
+    rows: RowParams,
+    steps_B: torch.Tensor,
+    state: SamplerState | None = None,
+    bitmask_BW: torch.Tensor | None = None,
+) -> Sampled:
+    """The next token of each row. The logits are left as they are.
 
-
-def _largest(x_RV: torch.Tensor, width: int) -> torch.Tensor:
-    """The `width` largest values in descending order.
-
-    NumPy's vectorized sort is some forty times quicker than torch's on a CPU.
+    `steps_B` int64 is the index, within its answer, of the token that each row draws now. Greedy rows take the first of
+    the largest logits. `state` is needed where `rows.needs_history`, `bitmask_BW` int32 (see `edit`) for guided rows.
     """
-    if x_RV.device.type == "cpu":
-        return torch.from_numpy(np.sort(x_RV.numpy(), axis=-1)[:, ::-1][:, :width].copy())
-    return x_RV.topk(width, dim=-1).values
+    best_B, tokens_B = _max(logits_BV)
+    allowed_B, errors = best_B, {}
+    if rows.num_worked:
+        worked_WV = _worked(logits_BV, rows)
+        if rows.edits is not None:
+            errors = edit(worked_WV, rows.edits, steps_B, state, bitmask_BW)
+            allowed_W, tokens_W = _max(worked_WV)
+            allowed_B, tokens_B = _put(best_B, rows, allowed_W), _put(tokens_B, rows, tokens_W)
+        if rows.draws is not None:
+            count = rows.sampled.shape[0]
+            drawn_R = draw_tokens(worked_WV[:count], rows.draws, steps_B.index_select(0, rows.sampled))
+            tokens_B = tokens_B.index_copy(0, rows.sampled, drawn_R)
+    logprobs = None
+    if rows.reported_rows:
+        of = (logits_BV.index_select(0, rows.reported), tokens_B.index_select(0, rows.reported))
+        logprobs = token_logprobs(*of, rows.top_logprobs)
+    return Sampled(tokens_B, best_B, allowed_B, logprobs, errors)
 
 
-def draw(scaled_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-    """One token per row, [R] int64, from unnormalized log probabilities and a number in [0, 1) by the inverse CDF."""
-    cdf = torch.exp(scaled_RV).cumsum(dim=-1, dtype=torch.float64)
-    target = uniform_R[:, None] * cdf[:, -1:]
-    # right=True finds the first entry above the target, whose own probability is therefore not 0.
-    return torch.searchsorted(cdf, target, right=True)[:, 0]
+def process(
+    scores_BV: torch.Tensor,
+    rows: RowParams,
+    steps_B: torch.Tensor,
+    state: SamplerState | None = None,
+    bitmask_BW: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[int, RequestError]]:
+    """Scores [B, V] fp32 after everything that comes before temperature; a beam search chooses among these."""
+    if rows.edits is None:
+        return scores_BV, {}
+    worked_WV = _worked(scores_BV, rows)
+    errors = edit(worked_WV, rows.edits, steps_B, state, bitmask_BW)
+    return _put(scores_BV.float(), rows, worked_WV), errors
 
 
-def uniform(seeds_R: torch.Tensor, steps_R: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), float64 with 53 random bits, that depend on (seed, step) alone: two rounds of SplitMix64.
+def _worked(logits_BV: torch.Tensor, rows: RowParams) -> torch.Tensor:
+    """A copy [W, V] of the rows that are worked on."""
+    return (logits_BV.clone() if rows.worked is None else logits_BV.index_select(0, rows.worked)).float()
 
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+
+def _put(x_B: torch.Tensor, rows: RowParams, worked_W: torch.Tensor) -> torch.Tensor:
+    """`x_B` with the rows that were worked on."""
+    return worked_W if rows.worked is None else x_B.index_copy(0, rows.worked, worked_W)
+
+
+def row_errors(sampled: Sampled) -> dict[int, EdgeLLMError]:
+    """What went wrong, by row of the batch; the tokens of these rows mean nothing. Waits for the device."""
+    errors: dict[int, EdgeLLMError] = dict(sampled.errors)
+    for row, (best, allowed) in enumerate(zip(sampled.best.tolist(), sampled.allowed.tolist(), strict=True)):
+        if not math.isfinite(best):
+            errors[row] = EngineError(
+                f"the engine returned NaN or infinite logits for row {row} of the batch; rebuild the engine"
+            )
+        elif not math.isfinite(allowed) and row not in errors:
+            errors[row] = RequestError(
+                "the sampling parameters forbid every token of the model here; relax logit_bias, bad, min_tokens, the "
+                "guided output or the logits_processors"
+            )
+    return errors
+
+
+def token_logprobs(logits_NV: torch.Tensor, tokens_N: torch.Tensor, count: int) -> Logprobs:
+    """Log probabilities of `tokens_N` and of the `count` most likely tokens at each of N places.
+
+    For an answer's tokens; or for a prompt's, with the logits of every place and the tokens that come next.
     """
-    bits = _mix64(_mix64(seeds_R) + (steps_R + 1) * _signed(0x9E3779B97F4A7C15))
-    return _shift_right(bits, 11).double() * 2.0**-53
+    logits_NV = logits_NV.float()
+    total_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+    chosen_N1 = logits_NV.gather(1, tokens_N[:, None])
+    rank_N = (logits_NV > chosen_N1).sum(dim=-1) + 1
+    top_NK, ids_NK = logits_NV.topk(min(count, logits_NV.shape[-1]), dim=-1)
+    return Logprobs((chosen_N1 - total_N1)[:, 0], rank_N, top_NK - total_N1, ids_NK)
 
 
-def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64's finalizer; int64 products wrap around, as its unsigned ones do."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift; torch's own on int64 repeats the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that has it."""
-    return value - (1 << 64) if value >= 1 << 63 else value
+def _max(x_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest value (NaN if it holds one), and the first place where it stands."""
+    if x_BV.device.type != "cpu" or x_BV.dtype != torch.float32:
+        best_B, places_B = x_BV.max(dim=-1)
+        return best_B, places_B
+    places_B = torch.from_numpy(x_BV.numpy().argmax(axis=-1))  # some six times quicker than torch's
+    return x_BV.gather(1, places_B[:, None])[:, 0], places_B

@@ -12,7 +12,10 @@ import torch
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgellm.errors import EngineError, RequestError
-from edgellm.runtime.sampling import RowParams, SamplingParams, draw, filter_logits, sample, uniform
+from edgellm.runtime import draw as drawing
+from edgellm.runtime.draw import draw, mix64, uniform
+from edgellm.runtime.sampling import RowParams, SamplingParams, row_errors
+from edgellm.runtime.sampling import sample as sample_batch
 
 VOCAB = 500
 MIXED = [
@@ -39,6 +42,19 @@ def one_thread() -> Iterator[None]:
 
 def rows_of(params: list[SamplingParams], seeds: list[int] | None = None) -> RowParams:
     return RowParams.from_params(params, seeds or list(range(len(params))))
+
+
+def sample(logits: torch.Tensor, rows: RowParams, steps: torch.Tensor) -> torch.Tensor:
+    """The tokens; raises what went wrong."""
+    sampled = sample_batch(logits, rows, steps)
+    for error in row_errors(sampled).values():
+        raise error
+    return sampled.tokens
+
+
+def filter_logits(logits: torch.Tensor, rows: RowParams) -> torch.Tensor:
+    assert rows.draws is not None
+    return drawing.filter_logits(logits, rows.draws)
 
 
 def by_transformers(logits_1V: torch.Tensor, p: SamplingParams) -> torch.Tensor:
@@ -121,7 +137,7 @@ def test_a_token_of_probability_0_is_never_drawn() -> None:
 def test_uniform_is_uniform_and_uncorrelated_over_seeds_and_steps() -> None:
     seeds = torch.arange(400)[:, None].expand(-1, 500)
     steps = torch.arange(500)[None].expand(400, -1)
-    u = uniform(seeds.reshape(-1), steps.reshape(-1)).reshape(400, 500)
+    u = uniform(mix64(seeds.reshape(-1)), steps.reshape(-1)).reshape(400, 500)
     assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1 and u.unique().numel() == u.numel()
     counts = torch.histc(u, bins=100, min=0, max=1)
     assert abs(float(((counts - 2000) ** 2 / 2000).sum()) - 99) < 5 * math.sqrt(2 * 99)
@@ -217,3 +233,42 @@ def test_defaults_and_normal_forms() -> None:
     assert dataclasses.replace(SamplingParams(stop="x"), max_tokens=3).stop == ("x",)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.max_tokens = 3  # type: ignore[misc]
+
+
+def test_a_row_without_top_k_is_not_filtered_by_a_neighbours() -> None:
+    logits = torch.randn(3, VOCAB)
+    params = [
+        SamplingParams(temperature=1.0, top_k=5),
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=2.0, min_p=1e-9),
+    ]
+    assert torch.isfinite(filter_logits(logits, rows_of(params))).sum(dim=-1).tolist() == [5, VOCAB, VOCAB]
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 6.0])
+def test_filters_of_a_large_vocabulary(scale: float) -> None:
+    """Peaked rows are known from their largest few logits, flat ones are not; together and alone they are the same."""
+    vocab = 20_000
+    logits = torch.randn(len(MIXED), vocab, generator=torch.Generator().manual_seed(1)) * scale
+    together = filter_logits(logits, rows_of(MIXED))
+    for row, params in enumerate(MIXED):
+        alone = filter_logits(logits[row : row + 1], rows_of([params]))[0]
+        assert torch.equal(alone, together[row])
+        assert torch.equal(torch.isfinite(alone), by_transformers(logits[row : row + 1], params)[0] > 0), params
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 1023, 1024, 1025, 5000])
+def test_draw_is_the_inverse_cdf(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    log_probs = torch.randn(200, vocab, generator=generator) * 3
+    log_probs[torch.rand(200, vocab, generator=generator) < 0.6] = -math.inf
+    log_probs[:, vocab // 2] = 0.0
+    numbers = torch.rand(200, generator=generator, dtype=torch.float64)
+    numbers[:2] = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
+    tokens = draw(log_probs, numbers)
+    assert torch.equal(drawing._draw_by_kernels(log_probs, numbers), tokens)  # the form used on a GPU
+    cdf = log_probs.double().softmax(-1).cumsum(-1)
+    rows = torch.arange(200)
+    assert bool(torch.isfinite(log_probs[rows, tokens]).all())
+    assert bool((cdf[rows, tokens] >= numbers - 1e-6).all())
+    assert bool((cdf[rows, tokens] - log_probs.double().softmax(-1)[rows, tokens] <= numbers + 1e-6).all())
