@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -20,7 +21,19 @@ def build(onnx_dir: str | Path, engine_dir: str | Path, backend: str, limits: Bu
     source, target = Path(onnx_dir), Path(engine_dir)
     if source.resolve() == target.resolve():
         raise BuildError(f"{source} is both ONNX_DIR and ENGINE_DIR; name another engine directory")
-    importlib.import_module(BACKENDS[backend]).build(source, read_onnx_config(source), target, limits)
+    onnx = read_onnx_config(source)
+    importlib.import_module(BACKENDS[backend]).build(source, onnx, target, _with_lora_rank(limits, onnx))
+
+
+def _with_lora_rank(limits: BuildConfig, onnx: OnnxConfig) -> BuildConfig:
+    """The limits with the LoRA rank that the graph was exported for where none was asked for."""
+    rank = onnx.max_lora_rank if limits.max_lora_rank is None else limits.max_lora_rank
+    if rank > onnx.max_lora_rank:
+        raise BuildError(
+            f"max_lora_rank is {rank}, but the checkpoint was exported for {onnx.max_lora_rank}; export it again with "
+            f"`edgellm export --max-lora-rank {rank}`"
+        )
+    return dataclasses.replace(limits, max_lora_rank=rank)
 
 
 def read_onnx_config(directory: Path) -> OnnxConfig:
