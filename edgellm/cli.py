@@ -58,12 +58,29 @@ def run(options: argparse.Namespace) -> int:
     if options.input_file is not None:
         batch = batch_file.read(options.input_file)
         with LLM(options.engine_dir, num_threads=options.num_threads) as llm:
+            _load_adapters(llm, options)
             outcomes = batch_file.answer(llm, batch, options.output_file)
         failed = [o for o in outcomes if isinstance(o, EdgeLLMError)]
         print(f"answered {len(outcomes) - len(failed)} of {len(outcomes)} requests into {options.output_file}")
         return 1 if failed else 0
     with LLM(options.engine_dir, num_threads=options.num_threads) as llm:
+        _load_adapters(llm, options)
         return _stream(llm, options)
+
+
+def _load_adapters(llm: Any, options: argparse.Namespace) -> None:
+    """Load the adapters of `--lora`; the first is what requests use that name none."""
+    for i, (name, path) in enumerate(options.lora):
+        llm.load_lora(name, path)
+        if i == 0:
+            llm.set_default_lora(name)
+
+
+def _name_and_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, Path(path)
 
 
 def _stream(llm: Any, options: argparse.Namespace) -> int:
@@ -118,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--input-file", type=Path, metavar="FILE", help="batch file, JSON")
     verb.add_argument("--output-file", type=Path, metavar="FILE", help="where a batch file's answers go, JSON")
     verb.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="image to ask about")
+    lora = "load a LoRA adapter (PEFT directory); the first is the default of requests that name none"
+    verb.add_argument("--lora", type=_name_and_path, action="append", default=[], metavar="NAME=PATH", help=lora)
     sampling = verb.add_argument_group("sampling", "what is not given is as in edgellm.SamplingParams")
     sampling.add_argument("--max-tokens", type=int, default=argparse.SUPPRESS, metavar="N", help="longest answer")
     sampling.add_argument("--temperature", type=float, default=argparse.SUPPRESS, help="0 is greedy, the default")

@@ -83,6 +83,30 @@ def test_batch_file(tiny_engine: Path, frame: Path, tmp_path: Path) -> None:
     assert responses[2]["usage"]["completion_tokens"] <= 6
 
 
+def test_adapters(lora_engine: Path, tiny_vlm: Path, frame: Path, tmp_path: Path) -> None:
+    run = ("run", lora_engine, "--prompt", "What is there?", "--image", frame)
+    adapters = {name: tiny_vlm / "lora" / name for name in ("pirate", "terse")}
+    by_flag = {}
+    for name, path in adapters.items():
+        done = edgellm(*run, "--lora", f"{name}={path}")
+        assert done.returncode == 0, done.stderr
+        by_flag[name] = done.stdout.splitlines()[0]
+    done = edgellm(*run)
+    by_flag[None] = done.stdout.splitlines()[0]
+    assert len(set(by_flag.values())) == 3
+    content = [{"type": "image", "image": str(frame)}, {"type": "text", "text": "What is there?"}]
+    requests = [{"messages": [{"role": "user", "content": content}], "lora_name": name} for name in by_flag]
+    batch = {"requests": requests, "batch_size": 3, "temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    for name, path in adapters.items():
+        shutil.copytree(path, tmp_path / name)
+    batch["available_lora_weights"] = {name: name for name in adapters}
+    (tmp_path / "in.json").write_text(json.dumps(batch))
+    done = edgellm("run", lora_engine, "--input-file", tmp_path / "in.json", "--output-file", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    responses = json.loads((tmp_path / "out.json").read_text())["responses"]
+    assert [r["output_text"] for r in responses] == [*by_flag.values()]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -92,7 +116,6 @@ def test_batch_file(tiny_engine: Path, frame: Path, tmp_path: Path) -> None:
         ('{"requests": [{"messages": "hi"}]}', r"requests[0].messages must be a list"),
         ('{"requests": [{"messages": []}], "heat": 1}', "unknown key 'heat'; valid keys are"),
         ('{"requests": [{"messages": []}], "temperature": -1}', "temperature is -1"),
-        ('{"requests": [{"messages": [], "lora_name": "terse"}]}', "without LoRA adapters"),
     ],
 )
 def test_bad_batch_file(
@@ -111,6 +134,7 @@ def test_one_line_errors(tiny_engine: Path, tiny_vlm: Path, tmp_path: Path, fail
     assert "is no ONNX directory" in failure("build", tmp_path, tmp_path / "engine")
     assert "temperature is nan" in failure("run", tiny_engine, "--prompt", "hi", "--temperature", "nan")
     assert "go together" in failure("run", tiny_engine, "--input-file", tmp_path / "in.json")
+    assert "takes no LoRA adapters" in failure("run", tiny_engine, "--prompt", "hi", "--lora", f"a={tiny_vlm}")
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"not a picture")
     assert "bad.png" in failure("run", tiny_engine, "--prompt", "hi", "--image", bad)

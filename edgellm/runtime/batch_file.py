@@ -1,6 +1,6 @@
 """Batch files: the request format that TensorRT Edge-LLM documents, read, answered and written as JSON.
 
-Defaults are that format's own. Relative image paths are relative to the batch file.
+Defaults are that format's own. Relative paths of images and adapters are relative to the batch file.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class BatchRequest:
 
 @dataclass(frozen=True)
 class BatchFile:
-    """A batch file; `batch_size` requests are answered together."""
+    """A batch file; `batch_size` requests are answered together. `available_lora_weights` are adapters by name."""
 
     requests: list[BatchRequest]
+    available_lora_weights: dict[str, Path] = field(default_factory=dict)
     batch_size: int = 1
     temperature: float = 1.0
     top_p: float = 0.8
@@ -65,6 +66,7 @@ def read(path: Path) -> BatchFile:
         raise RequestError(f"{path}: requests must be a list of at least one request")
     if not isinstance(top.get("batch_size", 1), int) or top.get("batch_size", 1) < 1:
         raise RequestError(f"{path}: batch_size is {top['batch_size']!r}; it must be a whole number of at least 1")
+    top["available_lora_weights"] = _adapters(top.get("available_lora_weights", {}), path)
     requests = [_request(r, f"{path}: requests[{i}]", path.parent) for i, r in enumerate(top["requests"])]
     batch = BatchFile(**{**top, "requests": requests})
     for request in requests:
@@ -73,7 +75,12 @@ def read(path: Path) -> BatchFile:
 
 
 def answer(llm: LLM, batch: BatchFile, output_file: Path) -> list[RequestOutput | EdgeLLMError]:
-    """Answer every request and write `output_file`; a request that fails gets its error there and stops no other."""
+    """Answer every request and write `output_file`; a request that fails gets its error there and stops no other.
+
+    The file's adapters are loaded first; raises LoraError for one that cannot be used.
+    """
+    for name, path in batch.available_lora_weights.items():
+        llm.load_lora(name, path)
     outcomes: list[RequestOutput | EdgeLLMError] = []
     with progress.amount(len(batch.requests), "answering", unit="request") as bar:
         for first in range(0, len(batch.requests), batch.batch_size):
@@ -90,7 +97,7 @@ def answer(llm: LLM, batch: BatchFile, output_file: Path) -> list[RequestOutput 
 
 def _start(llm: LLM, batch: BatchFile, request: BatchRequest) -> Any:
     try:
-        return llm.generate_async(request.messages, batch.sampling_params(request))
+        return llm.generate_async(request.messages, batch.sampling_params(request), lora=request.lora_name)
     except EdgeLLMError as e:
         return e
 
@@ -112,7 +119,6 @@ _NEUTRAL: dict[str, Any] = {
     "apply_chat_template": True,
     "add_generation_prompt": True,
     "enable_thinking": False,
-    "available_lora_weights": {},
     "disable_spec_decode": None,
 }
 
@@ -136,10 +142,17 @@ def _request(values: object, where: str, base: Path) -> BatchRequest:
     known = _checked(values, BatchRequest, where)
     if not isinstance(known.get("messages"), list):
         raise RequestError(f"{where}.messages must be a list of messages")
-    if known.get("lora_name"):
-        raise RequestError(f"{where}: lora_name {known['lora_name']!r}: this engine was built without LoRA adapters")
+    if not isinstance(known.get("lora_name"), (str, type(None))):
+        raise RequestError(f"{where}: lora_name is {known['lora_name']!r}; it must be an adapter's name or null")
     known["messages"] = [_message(m, base) for m in known["messages"]]
     return BatchRequest(**known)
+
+
+def _adapters(values: Any, file: Path) -> dict[str, Path]:
+    """Adapters' paths by name, made relative to the batch file."""
+    if not isinstance(values, Mapping) or not all(isinstance(path, str) for path in values.values()):
+        raise RequestError(f"{file}: available_lora_weights must be an object of adapters' paths by name")
+    return {name: file.parent / path for name, path in values.items()}
 
 
 def _message(message: Any, base: Path) -> Any:

@@ -192,7 +192,9 @@ class EngineLoop:
     def _decode(self, requests: list[Request]) -> None:
         if self._rows is None:
             self._rows = RowParams.from_params([r.params for r in requests], [r.seed for r in requests])
-        logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
+        logits = self._runner.decode(
+            [r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests], [r.lora for r in requests]
+        )
         steps = torch.tensor([len(r.output_ids) for r in requests])
         self._accept(requests, sample(logits, self._rows, steps))
 

@@ -21,6 +21,7 @@ from edgellm.runtime import prompt_cache_file
 from edgellm.runtime.chat_template import ChatTemplate, collect_images
 from edgellm.runtime.detokenizer import Detokenizer
 from edgellm.runtime.engine_loop import EngineLoop
+from edgellm.runtime.lora import LoraAdapter
 from edgellm.runtime.model_runner import ModelRunner
 from edgellm.runtime.prompt_cache import Entry, PromptCache, common_prefix, prompt_key
 from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOutput
@@ -81,7 +82,7 @@ class LLM:
             steps.start("warming up")
             runner.warm_up()
         self._runner = runner
-        self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
+        self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue, runner.lora.fits)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
         self._counter = itertools.count()
         self._prompt_cache = PromptCache((kv_cache_config or KvCacheConfig()).prompt_cache_bytes)
@@ -97,19 +98,31 @@ class LLM:
     ) -> None:
         self.close()
 
-    def generate(self, prompts: Any, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None) -> Any:
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> Any:
         """Answer one prompt (a RequestOutput), or a list of prompts together (a list of them, in order); waits.
 
+        `lora` is as in `generate_async`, one for all prompts or one for each.
         Raises RequestError for a prompt that cannot be accepted; then none of the list has been started.
         """
         if _is_one_prompt(prompts):
             if isinstance(sampling_params, Sequence):
                 raise RequestError(f"one prompt came with {len(sampling_params)} sampling_params; give one")
-            return self.generate_async(prompts, sampling_params).result()
+            if not (lora is None or isinstance(lora, str)):
+                raise RequestError(f"one prompt came with {len(lora)} adapters in lora; give one name")
+            return self.generate_async(prompts, sampling_params, lora=lora).result()
         params = list(sampling_params) if isinstance(sampling_params, Sequence) else [sampling_params] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params; give one or as many")
-        prepared = [self._prepare(p, s) for p, s in zip(prompts, params, strict=True)]
+        loras = [lora] * len(prompts) if lora is None or isinstance(lora, str) else list(lora)
+        if len(loras) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts came with {len(loras)} adapters in lora; give one or as many")
+        prepared = [self._prepare(p, s, lora=a) for p, s, a in zip(prompts, params, loras, strict=True)]
         return self._run_all(prepared)
 
     def generate_async(
@@ -122,15 +135,17 @@ class LLM:
         priority: int = 0,
         deadline_s: float | None = None,
         client: str = "",
+        lora: str | None = None,
     ) -> RequestHandle:
         """Start answering `prompt` and return at once. Tokenizing and image preprocessing happen in this thread.
 
         `on_increment` is called on the engine's thread right after each token; it must be short. A request of higher
         `priority` goes first and displaces one of lower priority, which goes on later; among equals the `client` that
         has been served least goes first. After `deadline_s` seconds the request ends with what it has ("deadline").
+        `lora` names a loaded adapter; None is the default adapter, "" the base model without one.
         Raises RequestError for a prompt or image that cannot be accepted, QueueFullError when too many are waiting.
         """
-        request = self._prepare(prompt, sampling_params, on_increment, request_id)
+        request = self._prepare(prompt, sampling_params, on_increment, request_id, lora)
         request.priority, request.client = _checked_priority(priority), client
         if deadline_s is not None:
             request.deadline_at = request.submitted_at + _checked_deadline(deadline_s)
@@ -198,6 +213,25 @@ class LLM:
         ]
         return conversations[0][: common_prefix(*(np.asarray(c) for c in conversations))]
 
+    def load_lora(self, name: str, path: str | Path) -> LoraAdapter:
+        """Make the adapter in `path` (a PEFT directory or a converted file) available to requests as `name`.
+
+        Raises LoraError for an adapter that cannot be used with this engine, or a name that is taken.
+        """
+        return self._runner.lora.load(name, path)
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter away from new requests; those that have begun with it end with it. Raises LoraError."""
+        self._runner.lora.unload(name)
+
+    def list_loras(self) -> list[LoraAdapter]:
+        """The adapters that requests can name, in the order of their loading."""
+        return self._runner.lora.list()
+
+    def set_default_lora(self, name: str | None) -> None:
+        """The adapter of requests that name none; None is the base model. Raises LoraError for an unknown name."""
+        self._runner.lora.set_default(name)
+
     @property
     def queue_depth(self) -> int:
         """Requests that wait for a place in the batch."""
@@ -231,8 +265,10 @@ class LLM:
         params: SamplingParams | None,
         on_increment: Callable[[Increment], None] | None = None,
         request_id: str | None = None,
+        lora: str | None = None,
     ) -> Request:
         params = params or SamplingParams()
+        adapter = self._runner.lora.get(lora)
         text, token_ids, images = self._tokenize(prompt)
         positions, next_position = None, len(token_ids)
         if self._visual_runner is not None:
@@ -262,6 +298,7 @@ class LLM:
             max_new_tokens=min(params.max_tokens, limits.max_kv_cache_capacity - len(token_ids)),
             detokenizer=Detokenizer(self.tokenizer, params.stop_strings) if self.tokenizer is not None else None,
             handle=RequestHandle(identity, on_increment, lambda: setattr(request, "cancelled", True)),
+            lora=adapter,
         )
         return request
 

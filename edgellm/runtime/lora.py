@@ -53,7 +53,7 @@ class LoraManager:
     """The adapters of one engine. `inputs` is for the engine's thread, the rest for any.
 
     Unloading takes an adapter's name away at once; requests that run or wait with it keep it, and its memory is free
-    once the last of them and the step after it have ended.
+    once the last of them has ended and steps with other adapters have taken its place in the engine.
     """
 
     def __init__(self, inputs: Mapping[str, TensorSpec], max_rank: int, device: torch.device) -> None:

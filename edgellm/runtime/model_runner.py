@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from edgellm.engine_dir import EMBEDDING, EngineConfig
 from edgellm.engines.base import Engine, backend
 from edgellm.runtime.kv_cache import KVCache
+from edgellm.runtime.lora import LoraAdapter, LoraManager
 from edgellm.runtime.request import Request
 from edgellm.runtime.rope import RopeTable
 from edgellm.vision.base import PreparedImage, VisualFeatures, VisualRunner
@@ -40,6 +42,7 @@ class ModelRunner:
         self._embedding_VH: torch.Tensor = embedding.get_tensor("weight")
         limits, device = config.limits, self._engine.device
         self.kv_cache = KVCache(self._engine.inputs, limits.max_batch_size, limits.max_kv_cache_capacity, device)
+        self.lora = LoraManager(self._engine.inputs, limits.max_lora_rank or 0, device)
         rope_names = tuple(n for n in self._engine.inputs if n.startswith("rope_rotary_"))
         self._rope = RopeTable(
             config.decoder.rope, rope_names, limits.max_batch_size, limits.max_kv_cache_capacity, device
@@ -64,8 +67,8 @@ class ModelRunner:
         """Run one prefill and one decode step on zeros, so that the first request does not pay for first use."""
         embeds = torch.zeros(1, 2, self._config.decoder.hidden_size, dtype=self._dtype, device=self._engine.device)
         self._rope.set_slot(0, None, 0)
-        self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack}, 0)
-        self.decode([0], [2])
+        self._prefill(0, embeds, {name: torch.zeros_like(embeds) for name in self._no_deepstack}, 0, None)
+        self.decode([0], [2], [None])
 
     @property
     def device(self) -> torch.device:
@@ -112,10 +115,15 @@ class ModelRunner:
                 embeds_1SH[0, target] = features.image_embeds[rows].to(self._dtype)
                 for level, values in zip(deepstack.values(), features.deepstack_embeds, strict=True):
                     level[0, target] = values[rows].to(self._dtype)
-        return self._prefill(slot, embeds_1SH, deepstack, start)
+        return self._prefill(slot, embeds_1SH, deepstack, start, request.lora)
 
     def _prefill(
-        self, slot: int, embeds_1SH: torch.Tensor, deepstack: dict[str, torch.Tensor], start: int
+        self,
+        slot: int,
+        embeds_1SH: torch.Tensor,
+        deepstack: dict[str, torch.Tensor],
+        start: int,
+        lora: LoraAdapter | None,
     ) -> torch.Tensor:
         length = embeds_1SH.shape[1]
         logits_11V = torch.empty_like(self._logits_B1V[:1])
@@ -125,23 +133,26 @@ class ModelRunner:
             "kvcache_start_index": torch.tensor([start], dtype=torch.int32),
             "last_token_ids": torch.tensor([[length - 1]]),
             **deepstack,
+            **self.lora.inputs([lora]),
             **self._rope.inputs(slot, 1),
             **self.kv_cache.inputs(slot, 1),
         }
         self._engine.run("prefill", inputs, {"logits": logits_11V, **self.kv_cache.outputs(slot, 1)})
         return logits_11V[:, 0]
 
-    def decode(self, last_tokens: list[int], cached_tokens: list[int]) -> torch.Tensor:
+    def decode(
+        self, last_tokens: list[int], cached_tokens: list[int], loras: Sequence[LoraAdapter | None]
+    ) -> torch.Tensor:
         """One step for slots 0 … B − 1, whose caches hold `cached_tokens`; returns logits [B, V], valid until the next.
 
-        Token `last_tokens[i]` is written at cache index `cached_tokens[i]`.
+        Token `last_tokens[i]` is written at cache index `cached_tokens[i]`; row i uses the adapter `loras[i]`.
         """
         rows = len(last_tokens)
         self._embeds_B1H[:rows, 0] = self._embed(torch.tensor(last_tokens))
         self._starts_B[:rows] = torch.tensor(cached_tokens, dtype=torch.int32)
         torch.add(self._starts_B[:rows], 1, out=self._lengths_B[:rows])
         inputs, outputs = self._decode_tensors(rows)
-        self._engine.run("generation", inputs, outputs)
+        self._engine.run("generation", {**inputs, **self.lora.inputs(loras)}, outputs)
         return self._logits_B1V[:rows, 0]
 
     def _decode_tensors(self, rows: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ import torch
 
 from edgellm.errors import EdgeLLMError
 from edgellm.runtime.detokenizer import Detokenizer
+from edgellm.runtime.lora import LoraAdapter
 from edgellm.runtime.kv_cache import SavedSlot
 from edgellm.runtime.prompt_cache import Key
 from edgellm.runtime.sampling import SamplingParams
@@ -128,7 +129,7 @@ class Request:
     priority: int = 0
     client: str = ""
     deadline_at: float = math.inf
-    adapter: str | None = None
+    lora: LoraAdapter | None = None
     pin_as: str | None = None
     state: State = State.QUEUED
     prefilled: int = 0
@@ -153,6 +154,11 @@ class Request:
             position = first + image.num_tokens
             spans.append((first, position))
         return spans
+
+    @property
+    def adapter(self) -> str | None:
+        """The prompt cache's name of the adapter: its weights' digest, since a name may come to mean other weights."""
+        return self.lora.digest if self.lora is not None else None
 
     @property
     def cached_tokens(self) -> int:

@@ -3,7 +3,8 @@
 Requests wait in a bounded queue: higher priority first; within a priority the client that has been served least, then
 the order of arrival. At most one admitted request is being prefilled, chunk by chunk, while all others decode together.
 A waiting request of higher priority than a running one displaces it when there is no free slot; the displaced request
-waits again, with its KV saved, and goes on where it was.
+waits again, with its KV saved, and goes on where it was. LoRA adapters of a batch share a limit: a request whose
+adapter does not fit to those that run waits, or displaces one of lower priority that is in its way.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from edgellm.errors import EngineError, QueueFullError
+from edgellm.runtime.lora import LoraAdapter
 from edgellm.runtime.request import Request, State
 
 
@@ -32,7 +35,13 @@ class Scheduler:
     than `max_batch_size` slots are in use.
     """
 
-    def __init__(self, max_batch_size: int, max_queue: int) -> None:
+    def __init__(
+        self,
+        max_batch_size: int,
+        max_queue: int,
+        lora_fits: Callable[[Iterable[LoraAdapter | None], LoraAdapter | None], bool] = lambda running, new: True,
+    ) -> None:
+        self._lora_fits = lora_fits
         self.max_batch_size = max_batch_size
         self.max_queue = max_queue
         self.decoding: list[Request] = []
@@ -95,13 +104,17 @@ class Scheduler:
         """The running request that must give way to a waiting one of higher priority; None if none must."""
         with self._changed:
             first = self._next()
-        if first is None or (self.prefilling is None and len(self.decoding) < self.max_batch_size):
+        if first is None:
+            return None
+        fits = self._fits(first)
+        if fits and self.prefilling is None and len(self.decoding) < self.max_batch_size:
             return None
         if self.prefilling is not None and self.prefilling.priority < first.priority:
             return self.prefilling
-        if len(self.running) < self.max_batch_size:
+        if fits and len(self.running) < self.max_batch_size:
             return None  # a slot is free, but the prefill in progress is no less urgent
-        victim = min(self.running, key=lambda r: (r.priority, -r.started_at))
+        in_the_way = self.running if fits else [r for r in self.running if r.lora not in (None, first.lora)]
+        victim = min(in_the_way, key=lambda r: (r.priority, -r.started_at))
         return victim if victim.priority < first.priority else None
 
     def requeue(self, request: Request) -> Move | None:
@@ -117,6 +130,8 @@ class Scheduler:
         with self._changed:
             first = self._next()
             if first is None or self.prefilling is not None or len(self.decoding) >= self.max_batch_size:
+                return None
+            if not self._fits(first):
                 return None
             self._waiting.remove(first)
             if self._waiting:
@@ -163,6 +178,9 @@ class Scheduler:
         with self._changed:
             waiting, self._waiting = self._waiting, []
         return waiting
+
+    def _fits(self, request: Request) -> bool:
+        return self._lora_fits([r.lora for r in self.running], request.lora)
 
     def _next(self) -> Request | None:
         """The waiting request whose turn it is; min() keeps the order of arrival among equals."""
