@@ -152,17 +152,18 @@ class LLM:
         self._scheduler.submit(request)
         return request.handle
 
-    def cache_system_prompt(self, name: str, text: str) -> SystemPromptInfo:
+    def cache_system_prompt(self, name: str, text: str, *, lora: str | None = None) -> SystemPromptInfo:
         """Prefill the system prompt `text` now and keep its KV, pinned under `name`: conversations that begin with it
-        start sooner. Waits until it is done; at once if that name already holds that text.
+        start sooner, if they use the same adapter (`lora` as in `generate_async`). Waits until it is done; at once if
+        that name already holds that text.
 
         Raises RequestError when it does not fit into the prompt cache or the model's input.
         """
         ids = self._system_prompt_ids(text)
+        request = self._prepare(ids, SamplingParams(max_tokens=1), lora=lora)
         for info, entry in self._pinned():
-            if info.name == name and np.array_equal(entry.key, ids):
+            if info.name == name and entry.adapter == request.adapter and np.array_equal(entry.key, ids):
                 return dataclasses.replace(info, already_cached=True)
-        request = self._prepare(ids, SamplingParams(max_tokens=1))
         request.pin_as = name
         self._scheduler.submit(request)
         request.handle.result()

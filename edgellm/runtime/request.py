@@ -18,8 +18,8 @@ import torch
 
 from edgellm.errors import EdgeLLMError
 from edgellm.runtime.detokenizer import Detokenizer
-from edgellm.runtime.lora import LoraAdapter
 from edgellm.runtime.kv_cache import SavedSlot
+from edgellm.runtime.lora import LoraAdapter
 from edgellm.runtime.prompt_cache import Key
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.vision.base import PreparedImage, VisualFeatures

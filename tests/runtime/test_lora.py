@@ -404,3 +404,35 @@ def test_sets_of_adapters(tiny_vlm: Path, random_adapters: dict[str, Path], llm:
     assert manager.inputs([a, b])[name] is both[name], "the rows that run keep it"
     assert manager.inputs([a])[name] is a.tensors[name]
     assert manager.inputs([a, b])[name] is not both[name], "it was forgotten"
+
+
+def test_prompt_cache_keeps_adapters_apart(lora_engine: Path, tiny_vlm: Path, random_adapters: dict[str, Path]) -> None:
+    prompt = QUESTIONS[0]
+    with LLM(lora_engine, num_threads=2) as llm:
+        llm.load_lora("style", tiny_vlm / "lora" / "terse")
+        first = llm.generate(prompt, LONG, lora="style")
+        assert first.usage.reused_tokens == 0
+        again = llm.generate(prompt, LONG, lora="style")
+        assert again.usage.reused_tokens > 0
+        assert llm.generate(prompt, LONG).usage.reused_tokens == 0
+        llm.unload_lora("style")
+        llm.load_lora("style", random_adapters["r5"])
+        assert llm.generate(prompt, LONG, lora="style").usage.reused_tokens == 0, "the name means other weights now"
+        assert token_ids([first]) == token_ids([again])
+
+
+def test_an_urgent_request_displaces_the_adapter_in_its_way(
+    lora_engine: Path, random_adapters: dict[str, Path]
+) -> None:
+    long = SamplingParams(max_tokens=400, ignore_eos=True)
+    with LLM(lora_engine, num_threads=2) as llm:
+        for name in ("r32", "r5"):
+            llm.load_lora(name, random_adapters[name])
+        alone = llm.generate([5, 6, 7], long, lora="r32").outputs[0].token_ids
+        llm.clear_prompt_cache()
+        slow = llm.generate_async([5, 6, 7], long, lora="r32")
+        next(iter(slow))
+        urgent = llm.generate_async([8, 9], SamplingParams(max_tokens=5, ignore_eos=True), lora="r5", priority=1)
+        urgent.result(30)
+        assert not slow.done(), "the urgent request has waited for the slow one"
+        assert slow.result(60).outputs[0].token_ids == alone
