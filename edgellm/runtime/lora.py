@@ -76,8 +76,8 @@ class LoraManager:
         """
         if not self._specs or not self.max_rank:
             raise LoraError(
-                "this engine takes no LoRA adapters; export the checkpoint with `edgellm export --max-lora-rank R` and "
-                "build it again"
+                "this engine takes no LoRA adapters; make it again with --max-lora-rank R (of `edgellm export`; for "
+                "backend torch of `edgellm build`)"
             )
         if not name:
             raise LoraError("an adapter's name must not be empty")
@@ -177,8 +177,8 @@ class LoraManager:
         made_for = f" (it says it was made for {weights.base_model})" if weights.base_model else ""
         if weights.rank > self.max_rank:
             raise LoraError(
-                f"adapter {name!r} has rank {weights.rank}, this engine takes up to {self.max_rank}; export the "
-                f"checkpoint with --max-lora-rank {weights.rank} and build it again"
+                f"adapter {name!r} has rank {weights.rank}, this engine takes up to {self.max_rank}; make it "
+                f"again with --max-lora-rank {weights.rank} (of `edgellm export`; for backend torch of `edgellm build`)"
             )
         for module, (a_KR, b_RM) in weights.matrices.items():
             if module + _A not in self._specs:

@@ -366,14 +366,16 @@ def test_rank_and_names(
 ) -> None:
     terse = tiny_vlm / "lora" / "terse"
     manager = LoraManager(llm._runner._engine.inputs, 16, torch.device("cpu"))
-    with pytest.raises(LoraError, match="'r32' has rank 32, this engine takes up to 16; export .* --max-lora-rank 32"):
+    with pytest.raises(
+        LoraError, match="'r32' has rank 32, this engine takes up to 16; make it again .*--max-lora-rank 32"
+    ):
         manager.load("r32", random_adapters["r32"])
     with pytest.raises(LoraError, match="adapter 'terse' is already loaded; unload it first"):
         llm.load_lora("terse", terse)
     with pytest.raises(LoraError, match="name must not be empty"):
         llm.load_lora("", terse)
     with LLM(tiny_engine) as plain:
-        refused(plain, terse, "takes no LoRA adapters; export .* --max-lora-rank R")
+        refused(plain, terse, "takes no LoRA adapters; make it again with --max-lora-rank R")
 
 
 def refused(llm: LLM, path: Path, message: str) -> None:
