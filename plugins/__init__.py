@@ -4,6 +4,7 @@ Importing this package registers every built-in operator with `torch.library` un
 neither `edgellm` nor `edgellm_ros`.
 """
 
+from edgellm_plugins.attention import library as _attention_on_cuda  # noqa: F401  (registers the CUDA kernel)
 from edgellm_plugins.attention.op import ATTENTION
 from edgellm_plugins.gather_nd.op import GATHER_ND
 from edgellm_plugins.op import Op, Sample, Tolerance

@@ -31,6 +31,18 @@ _SCHEMA = (
 def reference(
     qkv: torch.Tensor,
     kv_cache: torch.Tensor,
+    *tensors: torch.Tensor | None,
+    **attributes: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference_in_place` on a copy of the cache: returns the attention [B, S, Hq, D] and the updated cache."""
+    present = kv_cache.clone()
+    (attention,) = reference_in_place(qkv, present, *tensors, **attributes)
+    return attention, present
+
+
+def reference_in_place(
+    qkv: torch.Tensor,
+    kv_cache: torch.Tensor,
     context_lengths: torch.Tensor,
     rope_rotary_cos_sin: torch.Tensor,
     kvcache_start_index: torch.Tensor,
@@ -41,12 +53,12 @@ def reference(
     num_kv_heads: int,
     head_size: int,
     qk_norm_eps: float = 1e-6,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor]:
     """Plain PyTorch, row by row; computes in the inputs' dtype, rotation and softmax in at least fp32.
 
     `qkv` [B, S, (Hq+2·Hkv)·D], `kv_cache` [B, 2, Hkv, C, D], `context_lengths` and `kvcache_start_index` [B] int32,
     `rope_rotary_cos_sin` [1|B, C, R] fp32 (cosines, then sines), norm weights [D].
-    Returns the attention [B, S, Hq, D] and the updated cache.
+    Writes the new keys and values into the cache and returns the attention [B, S, Hq, D].
     """
     batch, length, _ = qkv.shape
     q, k, v = qkv.split([num_q_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size], dim=-1)
@@ -57,15 +69,14 @@ def reference(
         q_BSHD = torch.nn.functional.rms_norm(q_BSHD, (head_size,), q_norm_weight, qk_norm_eps)
         k_BSHD = torch.nn.functional.rms_norm(k_BSHD, (head_size,), k_norm_weight, qk_norm_eps)
     attention = qkv.new_zeros(batch, length, num_q_heads, head_size)
-    present = kv_cache.clone()
     for row, (start, end) in enumerate(zip(kvcache_start_index.tolist(), context_lengths.tolist(), strict=True)):
         new = end - start
         cos_sin = rope_rotary_cos_sin[row if rope_rotary_cos_sin.shape[0] > 1 else 0, start:end]
-        present[row, 0, :, start:end] = rotate(k_BSHD[row, :new], cos_sin).transpose(0, 1)
-        present[row, 1, :, start:end] = v_BSHD[row, :new].transpose(0, 1)
+        kv_cache[row, 0, :, start:end] = rotate(k_BSHD[row, :new], cos_sin).transpose(0, 1)
+        kv_cache[row, 1, :, start:end] = v_BSHD[row, :new].transpose(0, 1)
         q_HSD = rotate(q_BSHD[row, :new], cos_sin).transpose(0, 1)
-        attention[row, :new] = _causal_attention(q_HSD, present[row, 0, :, :end], present[row, 1, :, :end])
-    return attention, present
+        attention[row, :new] = _causal_attention(q_HSD, kv_cache[row, 0, :, :end], kv_cache[row, 1, :, :end])
+    return (attention,)
 
 
 def rotate(x_SHD: torch.Tensor, cos_sin_SR: torch.Tensor) -> torch.Tensor:
@@ -186,5 +197,6 @@ ATTENTION = register(
         samples=samples,
         tolerance=Tolerance({torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}),
         updates={1: "kv_cache"},
+        reference_in_place=reference_in_place,
     )
 )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from edgellm_plugins.op import Op, Sample, Tolerance, register
+from edgellm_plugins.op import Op, Sample, Tolerance, implement, register
 
 
 def reference(data: torch.Tensor, indices: torch.Tensor, *, batch_dims: int) -> tuple[torch.Tensor, ...]:
@@ -56,3 +56,4 @@ GATHER_ND = register(
         tolerance=Tolerance({torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 0.0}),
     )
 )
+implement(GATHER_ND, "CUDA", reference)
