@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from edgellm.errors import CheckpointError
+from edgellm.files import write_json
 
 INDEX = "model.safetensors.index.json"
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+"""Text-side files of a checkpoint that travel to the engine directory; only the first is required."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,6 +69,11 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def files(self) -> list[Path]:
+        """The files that hold the tensors, and the index where there is one."""
+        index = [self.directory / INDEX] if (self.directory / INDEX).exists() else []
+        return [*index, *sorted(set(self._files.values()))]
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name`, mapped from its file; raises CheckpointError when it is not there."""
         if name not in self._files:
@@ -74,6 +84,17 @@ class Checkpoint:
             self._handles[path] = safe_open(path, framework="pt")
         tensor: torch.Tensor = self._handles[path].get_tensor(name)
         return tensor
+
+
+def copy_text_files(checkpoint: Checkpoint, target: Path) -> None:
+    """Tokenizer and chat template; end tokens that only `config.json` names are kept in `generation_config.json`."""
+    for name in TEXT_FILES:
+        if (checkpoint.directory / name).exists():
+            shutil.copyfile(checkpoint.directory / name, target / name)
+    text_config = checkpoint.hf_config.get("text_config") or {}
+    eos = checkpoint.hf_config.get("eos_token_id", text_config.get("eos_token_id"))
+    if eos is not None and not (target / "generation_config.json").exists():
+        write_json(target / "generation_config.json", {"eos_token_id": eos})
 
 
 def _tensor_names(path: Path) -> list[str]:

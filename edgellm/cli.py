@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import signal
 import sys
 import time
@@ -38,12 +39,12 @@ def export(options: argparse.Namespace) -> int:
 
 
 def build(options: argparse.Namespace) -> int:
-    """ONNX directory → engine directory."""
+    """ONNX directory, or checkpoint, → engine directory."""
     from edgellm.build.builder import build as run_build
 
     start = time.perf_counter()
     limits = BuildConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(BuildConfig)})
-    run_build(options.onnx_dir, options.engine_dir, options.backend, limits)
+    run_build(options.source, options.engine_dir, options.backend, limits, dict(options.option))
     print(f"built {options.engine_dir} for {options.backend} in {time.perf_counter() - start:.1f} s")
     return 0
 
@@ -87,6 +88,17 @@ def _stream(llm: Any, options: argparse.Namespace) -> int:
     return 0
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE; a number where the value is one."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="edgellm", description="Language and vision-language models on robots.", allow_abbrev=False
@@ -99,9 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.set_defaults(verb=export)
 
     verb = verbs.add_parser("build", help="ONNX directory → engine directory")
-    verb.add_argument("onnx_dir", metavar="ONNX_DIR", type=Path, help="output of `edgellm export`")
+    source = "output of `edgellm export`; for backend torch the checkpoint itself"
+    verb.add_argument("source", metavar="ONNX_DIR", type=Path, help=source)
     verb.add_argument("engine_dir", metavar="ENGINE_DIR", type=Path, help="directory to write")
     verb.add_argument("--backend", default="onnxruntime", help="what runs the engine (default: %(default)s)")
+    verb.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of the backend: torch has device and dtype, null has times in seconds",
+    )
     for field in dataclasses.fields(BuildConfig):
         flag = "--" + field.name.replace("_", "-")
         unit = "requests" if field.name == "max_batch_size" else "tokens"

@@ -102,6 +102,24 @@ class OnnxConfig:
     vision: dict[str, Any] | None
 
 
+@dataclass(frozen=True)
+class NullConfig:
+    """How long a null engine takes, in seconds; `vocab_size` 0 stands for the model's own."""
+
+    prefill_s_per_token: float = 0.0
+    decode_s_per_step: float = 0.0
+    encode_s_per_image: float = 0.0
+    vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 2**24:
+                raise ConfigError(f"{field.name} is {value!r}; it must be a number of at least 0")
+        if not isinstance(self.vocab_size, int):
+            raise ConfigError(f"vocab_size is {self.vocab_size!r}; it must be a whole number")
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build the dataclass `cls` from `values`, nested dataclasses and tuples included.
 

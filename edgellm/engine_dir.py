@@ -18,6 +18,12 @@ SCHEMA_VERSION = 1
 MANIFEST = "config.json"
 EMBEDDING = "embedding.safetensors"
 
+CHECKPOINT = "checkpoint"
+"""Folder of a torch engine: the checkpoint's own `config.json` and weights."""
+
+NULL_CONFIG = "null.json"
+"""File of a null engine: a `NullConfig`."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:

@@ -132,7 +132,7 @@ def _copying(op: Op, functional: Kernel) -> Kernel:
 
 
 def _define_in_place(op: Op) -> None:
-    """Define `<name>_`: the updated arguments are marked as written to, the outputs that they stand for are left out."""
+    """Define `<name>_`: updated arguments are marked as written to; the outputs that they stand for are left out."""
     arguments, results = op.schema.split("->")
     for letter, name in zip("abcdef", op.updates.values(), strict=False):
         arguments = arguments.replace(f"Tensor {name}", f"Tensor({letter}!) {name}", 1)

@@ -1,38 +1,40 @@
-"""`edgellm build`: the backend-independent part, which reads the ONNX directory and picks the backend."""
+"""`edgellm build`: the backend-independent part, which reads the source and picks the backend."""
 
 from __future__ import annotations
 
 import importlib
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from edgellm.config import ONNX_SCHEMA_VERSION, BuildConfig, OnnxConfig, from_dict
+from edgellm.build.source import read_source
+from edgellm.config import BuildConfig
 from edgellm.errors import BuildError
 
-BACKENDS = {"onnxruntime": "edgellm.build.onnxruntime_builder"}
+BACKENDS = {
+    "null": "edgellm.build.null_builder",
+    "onnxruntime": "edgellm.build.onnxruntime_builder",
+    "torch": "edgellm.build.torch_builder",
+}
 """Backend → the module whose `build` writes its engine directory, imported when chosen."""
 
 
-def build(onnx_dir: str | Path, engine_dir: str | Path, backend: str, limits: BuildConfig) -> None:
-    """Build the ONNX directory into an engine directory; raises BuildError or ConfigError, each one line."""
+def build(
+    source: str | Path,
+    engine_dir: str | Path,
+    backend: str,
+    limits: BuildConfig,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Build an engine directory from an ONNX directory (null, onnxruntime) or a checkpoint (null, torch).
+
+    `options` are the backend's own: the fields of `NullConfig`, or of `TorchOptions` in `torch_builder`.
+    Raises BuildError, ConfigError or CheckpointError, each one line.
+    """
     if backend not in BACKENDS:
         raise BuildError(f"unknown backend {backend!r}; valid ones are {', '.join(sorted(BACKENDS))}")
-    source, target = Path(onnx_dir), Path(engine_dir)
-    if source.resolve() == target.resolve():
-        raise BuildError(f"{source} is both ONNX_DIR and ENGINE_DIR; name another engine directory")
-    importlib.import_module(BACKENDS[backend]).build(source, read_onnx_config(source), target, limits)
-
-
-def read_onnx_config(directory: Path) -> OnnxConfig:
-    """The manifest of an ONNX directory, checked; raises BuildError or ConfigError."""
-    path = directory / "config.json"
-    export = "make it with `edgellm export`"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BuildError(f"{path} does not exist, so {directory} is no ONNX directory; {export}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise BuildError(f"{path} cannot be read ({e}); {export}") from None
-    if not isinstance(values, dict) or values.get("schema_version") != ONNX_SCHEMA_VERSION or "backend" in values:
-        raise BuildError(f"{path} is not an ONNX directory of this edgellm; {export}")
-    return from_dict(OnnxConfig, values, str(path))
+    directory, target = Path(source), Path(engine_dir)
+    if directory.resolve() == target.resolve():
+        raise BuildError(f"{directory} is both ONNX_DIR and ENGINE_DIR; name another engine directory")
+    module = importlib.import_module(BACKENDS[backend])
+    module.build(read_source(directory), target, limits, options or {})

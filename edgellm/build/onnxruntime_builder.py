@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from edgellm.build.fusions import fuse
 from edgellm.build.precision import to_float32
-from edgellm.config import BuildConfig, OnnxConfig
-from edgellm.engine_dir import SCHEMA_VERSION, EngineConfig, write_manifest
+from edgellm.build.source import MAKE_ONNX, Source
+from edgellm.config import BuildConfig
+from edgellm.engine_dir import EMBEDDING, SCHEMA_VERSION, EngineConfig, write_manifest
 from edgellm.errors import BuildError
 from edgellm.export.graph import save
 from edgellm.files import whole_directory
-from edgellm.vision.base import limit_image_tokens
 from edgellm_plugins.attention import onnxruntime as attention_lowering
 
 DECODER, VISUAL = "llm.onnx", "visual/visual.onnx"
 
 
-def build(onnx_dir: Path, onnx: OnnxConfig, engine_dir: Path, limits: BuildConfig) -> None:
+def build(source: Source, engine_dir: Path, limits: BuildConfig, options: Mapping[str, Any]) -> None:
     """Write the engine directory; it appears whole or not at all. Raises BuildError for a graph it cannot lower."""
-    vision = None
-    if onnx.vision is not None:
-        tokens = limits.min_image_tokens, limits.max_image_tokens
-        vision = limit_image_tokens(onnx.model_type, onnx.vision, *tokens)
+    onnx_dir, onnx = source.directory, source.onnx
+    if source.checkpoint is not None:
+        raise BuildError(f"{onnx_dir / 'config.json'} is not an ONNX directory of this edgellm; {MAKE_ONNX}")
+    if options:
+        raise BuildError(f"backend onnxruntime takes no options, but got {', '.join(options)}")
+    vision = source.limited_vision(limits)
     with whole_directory(engine_dir) as out:
         decoder = ir.load(onnx_dir / "model.onnx")
         to_float32(decoder)
@@ -47,9 +51,8 @@ def build(onnx_dir: Path, onnx: OnnxConfig, engine_dir: Path, limits: BuildConfi
             visual = ir.load(onnx_dir / "visual" / "model.onnx")
             to_float32(visual)
             save(visual, out / VISUAL)
-        for source in sorted(onnx_dir.iterdir()):
-            if source.is_file() and source.name != "config.json" and ".onnx" not in source.name:
-                shutil.copyfile(source, out / source.name)
+        source.copy_text_files(out)
+        shutil.copyfile(onnx_dir / EMBEDDING, out / EMBEDDING)
         write_manifest(
             out,
             EngineConfig(

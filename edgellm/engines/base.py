@@ -40,7 +40,8 @@ class Engine(Protocol):
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """Run once; returns when the outputs are ready. Raises EngineError with the backend's reason.
 
-        `phase` names the shape profile: "prefill", "generation" or "encode". Tensors are contiguous.
+        `phase` names the shape profile: "prefill", "generation" or "encode". Tensors are contiguous and on `device`.
+        On a GPU the outputs are ready for what follows in the current stream: the host does not wait.
         """
 
     def close(self) -> None:
@@ -57,7 +58,11 @@ class EngineLoader(Protocol):
         """The visual encoder of an engine directory."""
 
 
-_BACKENDS = {"onnxruntime": "edgellm.engines.onnxruntime_engine"}
+_BACKENDS = {
+    "null": "edgellm.engines.null_engine",
+    "onnxruntime": "edgellm.engines.onnxruntime_engine",
+    "torch": "edgellm.engines.torch_engine",
+}
 
 
 def backend(name: str) -> EngineLoader:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgellm import progress
-from edgellm.checkpoint import Checkpoint
+from edgellm.checkpoint import Checkpoint, copy_text_files
 from edgellm.config import ONNX_SCHEMA_VERSION, OnnxConfig
 from edgellm.errors import ExportError
 from edgellm.export import graph
@@ -19,9 +18,6 @@ from edgellm.files import whole_directory, write_json
 from edgellm.models.layers import ExportSpec
 from edgellm.models.registry import family_of, load_decoder, load_visual
 from edgellm.vision.base import read_preprocessor_config, vision_config_from_checkpoint
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
-"""Text-side files of a checkpoint that travel to the engine directory; only the first is required."""
 
 EMBEDDING = "embedding.safetensors"
 """The token embedding, one tensor `weight` [V, H]."""
@@ -62,16 +58,5 @@ def export(checkpoint_dir: str | Path, onnx_dir: str | Path) -> None:
                 steps.start(f"writing {name}")
                 graph.save(traced, out / name)
         save_file({"weight": checkpoint.tensor(family.embedding_name())}, out / EMBEDDING)
-        _copy_text_files(checkpoint, out)
+        copy_text_files(checkpoint, out)
         write_json(out / "config.json", dataclasses.asdict(manifest))
-
-
-def _copy_text_files(checkpoint: Checkpoint, out: Path) -> None:
-    """Tokenizer and chat template; end tokens that only `config.json` names are kept in `generation_config.json`."""
-    for name in TOKENIZER_FILES:
-        if (checkpoint.directory / name).exists():
-            shutil.copyfile(checkpoint.directory / name, out / name)
-    text_config = checkpoint.hf_config.get("text_config") or {}
-    eos = checkpoint.hf_config.get("eos_token_id", text_config.get("eos_token_id"))
-    if eos is not None and not (out / "generation_config.json").exists():
-        write_json(out / "generation_config.json", {"eos_token_id": eos})

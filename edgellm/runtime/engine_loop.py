@@ -80,14 +80,15 @@ class EngineLoop:
         request.started_at = time.perf_counter()
         features = self._runner.encode_images(request)
         logits = self._runner.prefill(self._scheduler.running.index(request), request, features)
-        rows = RowParams.from_params([request.params], [request.seed])
-        self._accept(requests, sample(logits, rows, torch.zeros(1, dtype=torch.int64)))
+        rows = RowParams.from_params([request.params], [request.seed], logits.device)
+        self._accept(requests, sample(logits, rows, torch.zeros(1, dtype=torch.int64, device=logits.device)))
 
     def _decode(self, requests: list[Request]) -> None:
-        if self._rows is None:
-            self._rows = RowParams.from_params([r.params for r in requests], [r.seed for r in requests])
         logits = self._runner.decode([r.output_ids[-1] for r in requests], [r.cached_tokens for r in requests])
-        steps = torch.tensor([len(r.output_ids) for r in requests])
+        if self._rows is None:
+            seeds = [r.seed for r in requests]
+            self._rows = RowParams.from_params([r.params for r in requests], seeds, logits.device)
+        steps = torch.tensor([len(r.output_ids) for r in requests], device=logits.device)
         self._accept(requests, sample(logits, self._rows, steps))
 
     def _accept(self, requests: list[Request], tokens: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from edgellm.runtime.request import Increment, Request, RequestHandle, RequestOu
 from edgellm.runtime.sampling import SamplingParams
 from edgellm.runtime.scheduler import Scheduler
 from edgellm.runtime.tokenizer import Tokenizer
-from edgellm.vision.base import PreparedImage, VisualRunner, load_visual_runner
+from edgellm.vision.base import PreparedImage
 
 Prompt: TypeAlias = "str | Sequence[int] | Sequence[Mapping[str, Any]]"
 """Text (used as it is, without a chat template), token ids, or chat messages, which may hold images."""
@@ -52,15 +52,13 @@ class LLM:
             self.tokenizer = Tokenizer.from_dir(directory) if tokenizer is None else Tokenizer.wrap(tokenizer)
             if (directory / "chat_template.jinja").exists() or (directory / "tokenizer_config.json").exists():
                 self._chat_template = ChatTemplate.from_dir(directory, self.tokenizer.special_tokens)
-        self._visual_runner: VisualRunner | None = None
-        if self.config.vision is not None:
-            self._visual_runner = load_visual_runner(self.config.model_type, self.config.vision)
         with progress.steps(2, f"loading {directory.name}") as steps:
             steps.start("reading the engine")
-            runner = ModelRunner(directory, self.config, self._visual_runner, num_threads)
+            runner = ModelRunner(directory, self.config, num_threads)
             steps.start("warming up")
             runner.warm_up()
         self._runner = runner
+        self._visual_runner = runner.visual_runner
         self._scheduler = Scheduler(self.config.limits.max_batch_size, max_queue)
         eos = self.tokenizer.eos_token_ids if self.tokenizer is not None else frozenset[int]()
         self._counter = itertools.count()

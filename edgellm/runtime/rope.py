@@ -67,7 +67,7 @@ class RopeTable:
         return self._tensors if self._shared else {k: t[first : first + count] for k, t in self._tensors.items()}
 
     def _write(self, slot: int, positions: torch.Tensor) -> None:
-        tables = cos_sin(positions, self._config)
         targets = list(self._tensors.values())
+        tables = cos_sin(positions.to(targets[0].device), self._config)
         for target, values in zip(targets, tables if len(targets) == 2 else (torch.cat(tables, -1),), strict=True):
             target[slot] = values

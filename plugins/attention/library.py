@@ -22,7 +22,7 @@ from edgellm_plugins.op import implement
 
 
 def attention(
-    qkv: torch.Tensor, kv_cache: torch.Tensor, *tensors: torch.Tensor | None, **attributes: Any
+    qkv: torch.Tensor, kv_cache: torch.Tensor, *tensors: Any, **attributes: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The functional form: `attention_in_place` on a copy of the cache."""
     present = kv_cache.clone()

@@ -31,7 +31,7 @@ _SCHEMA = (
 def reference(
     qkv: torch.Tensor,
     kv_cache: torch.Tensor,
-    *tensors: torch.Tensor | None,
+    *tensors: Any,
     **attributes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`reference_in_place` on a copy of the cache: returns the attention [B, S, Hq, D] and the updated cache."""

@@ -164,7 +164,7 @@ def test_impossible_limits(limits: dict[str, int], message: str) -> None:
 
 
 def test_unusable_onnx_directory(tiny_onnx: Path, tiny_vlm: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="unknown backend 'fast'; valid ones are onnxruntime"):
+    with pytest.raises(BuildError, match="unknown backend 'fast'; valid ones are null, onnxruntime, torch"):
         build(tiny_onnx, tmp_path / "engine", "fast", BuildConfig())
     with pytest.raises(BuildError, match="is no ONNX directory"):
         build(tmp_path, tmp_path / "engine", "onnxruntime", BuildConfig())
