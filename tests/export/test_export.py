@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from edgellm.build.builder import read_onnx_config
+from edgellm.build.source import read_source
 from edgellm.checkpoint import Checkpoint
 from edgellm.errors import ConfigError, EdgeLLMError
 from edgellm.export.exporter import export
@@ -23,7 +23,7 @@ def shapes(values: Any) -> dict[str, list[Any]]:
 
 def test_decoder_graph(tiny_onnx: Path) -> None:
     model = onnx.load(tiny_onnx / "model.onnx", load_external_data=False)
-    config = read_onnx_config(tiny_onnx).decoder
+    config = read_source(tiny_onnx).onnx.decoder
     layers, hidden = config.num_hidden_layers, config.hidden_size
     inputs, outputs = shapes(model.graph.input), shapes(model.graph.output)
     cache = ["batch", 2, config.num_key_value_heads, "kv_capacity", config.head_dim]
