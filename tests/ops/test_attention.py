@@ -1,4 +1,4 @@
-"""The attention reference against PyTorch's own attention in fp64, and its error messages."""
+"""The attention reference against PyTorch's own attention in fp64, its error messages, and the CUDA kernel."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from edgellm_plugins.attention import library
 from edgellm_plugins.attention.op import ATTENTION, reference
 from edgellm_plugins.op import Sample
 
 SAMPLES = list(ATTENTION.samples(torch.Generator().manual_seed(torch.seed() % 2**31), torch.float32))
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 
 
 def oracle(sample: Sample) -> list[torch.Tensor]:
@@ -75,3 +78,89 @@ def test_wrong_input_is_named(index: int, change: Any, message: str) -> None:
     tensors[index] = change(tensors[index])
     with pytest.raises(ValueError, match=f"attention_plugin: {message}"):
         ATTENTION.functional()(*tensors, **SAMPLES[1].attributes)
+
+
+def on(device: str, dtype: torch.dtype, sample: Sample) -> tuple[torch.Tensor | None, ...]:
+    """The sample's tensors on a device, floating-point ones but the rotary table in `dtype`."""
+    as_is = (sample.tensors[2], sample.tensors[3], sample.tensors[4])
+    return tuple(
+        None if t is None else t.to(device) if any(t is x for x in as_is) else t.to(device, dtype)
+        for t in sample.tensors
+    )
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
+def test_masked_library_attention_matches_reference(sample: Sample) -> None:
+    """The masked way through PyTorch's attention runs on a CPU too."""
+    limit = ATTENTION.tolerance.relative[torch.float32]
+    expected = reference(*sample.tensors, **sample.attributes)
+    for got, right in zip(library.attention(*sample.tensors, **sample.attributes), expected, strict=True):
+        assert ((got - right).norm() / right.norm()).item() <= limit
+
+
+def test_a_row_without_new_tokens_is_left_alone() -> None:
+    sample = next(s for s in SAMPLES if s.label == "prefill_unequal")
+    tensors = list(sample.tensors)
+    tensors[2] = torch.tensor([9, 5, 17], dtype=torch.int32)
+    tensors[4] = torch.tensor([0, 5, 17], dtype=torch.int32)
+    expected = reference(*tensors, **sample.attributes)
+    for got, right in zip(library.attention(*tensors, **sample.attributes), expected, strict=True):
+        torch.testing.assert_close(got, right)
+    assert not expected[0][1:].any()
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
+def test_cuda_matches_fp64(sample: Sample, dtype: torch.dtype) -> None:
+    tensors = on("cuda", dtype, sample)
+    wide = [None if t is None else t.cpu() if t.dtype == torch.int32 else t.cpu().double() for t in tensors]
+    expected = reference(*wide, **sample.attributes)
+    functional = ATTENTION.functional()(*tensors, **sample.attributes)
+    cache = tensors[1].clone()
+    in_place = torch.ops.trt.attention_plugin_(tensors[0], cache, *tensors[2:], **sample.attributes)
+    limit = ATTENTION.tolerance.relative[dtype]
+    for got in (functional, (in_place, cache)):
+        for actual, right in zip(got, expected, strict=True):
+            assert ((actual.double().cpu() - right).norm() / right.norm()).item() <= limit
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s.label)
+def test_cuda_is_capturable(sample: Sample, dtype: torch.dtype) -> None:
+    """A captured graph follows lengths that change on the device, also in a view of the cache's first slots."""
+    tensors = on("cuda", dtype, sample)
+    operator = torch.ops.trt.attention_plugin_
+    cache = tensors[1].clone()
+    first = operator(tensors[0], cache, *tensors[2:], **sample.attributes)
+    torch.cuda.synchronize()
+    graph, lengths, starts = torch.cuda.CUDAGraph(), tensors[2].clone(), tensors[4].clone()
+    cache = tensors[1].clone()
+    with torch.cuda.graph(graph):
+        out = operator(tensors[0], cache, lengths, tensors[3], starts, *tensors[5:], **sample.attributes)
+    graph.replay()
+    torch.testing.assert_close(out, first, rtol=0, atol=0)
+    back = (starts > 0).int()
+    lengths -= back
+    starts -= back
+    cache.copy_(tensors[1])
+    graph.replay()
+    expected = tensors[1].clone()
+    right = operator(tensors[0], expected, lengths, tensors[3], starts, *tensors[5:], **sample.attributes)
+    torch.testing.assert_close(out, right, rtol=0, atol=0)
+    torch.testing.assert_close(cache, expected, rtol=0, atol=0)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_cuda_takes_a_view_of_the_first_slots(dtype: torch.dtype) -> None:
+    sample = next(s for s in SAMPLES if s.label == "decode")
+    tensors = list(on("cuda", dtype, sample))
+    tensors[2], tensors[4] = tensors[2].clamp(max=20), tensors[4].clamp(max=19)
+    whole, part = tensors[1].clone(), tensors[1].clone()
+    operator = torch.ops.trt.attention_plugin_
+    right = operator(tensors[0], whole, *tensors[2:], **sample.attributes)
+    got = operator(tensors[0], part[:, :, :, :24], *tensors[2:], **sample.attributes)
+    torch.testing.assert_close(got, right, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(part, whole, rtol=0, atol=0)
