@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -44,8 +45,8 @@ SHAPES = {
 }
 
 
-def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0) -> None:
-    """Write config.json, model.safetensors (fp32), tokenizer and generation config into the existing `directory`."""
+def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0, dtype: str = "float32") -> None:
+    """Write config.json, model.safetensors in `dtype`, tokenizer and generation config into `directory`, which exists."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -66,13 +67,13 @@ def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0) -> N
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "tie_word_embeddings": True,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
         "use_cache": True,
     }
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": BOS})
     _write_tokenizer(directory)
-    _write_weights(directory / "model.safetensors", shape, seed)
+    _write_weights(directory / "model.safetensors", shape, seed, np.dtype(dtype))
 
 
 def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -96,13 +97,13 @@ def tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
 
 
-def _write_weights(path: Path, shape: Shape, seed: int) -> None:
+def _write_weights(path: Path, shape: Shape, seed: int, dtype: np.dtype[np.floating[Any]]) -> None:
     """Safetensors: an 8-byte header length, a JSON header, then the tensors. Only one tensor is in memory at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dims in tensors(shape):
-        start, end = end, end + 4 * math.prod(dims)
-        header[name] = {"dtype": "F32", "shape": dims, "data_offsets": [start, end]}
+        start, end = end, end + dtype.itemsize * math.prod(dims)
+        header[name] = {"dtype": f"F{8 * dtype.itemsize}", "shape": dims, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     random = np.random.default_rng(seed)
@@ -113,7 +114,7 @@ def _write_weights(path: Path, shape: Shape, seed: int) -> None:
             noise *= np.float32(0.1 if name.endswith("norm.weight") else 0.02)
             if name.endswith("norm.weight"):
                 noise += np.float32(1)
-            noise.tofile(file)
+            noise.astype(dtype).tofile(file)
 
 
 def _write_tokenizer(directory: Path) -> None:
