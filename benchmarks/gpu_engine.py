@@ -4,8 +4,8 @@
     python benchmarks/gpu_engine.py --shape qwen3-tiny  # a quick look
     python benchmarks/gpu_engine.py --device cpu --shape qwen3-tiny --concurrent-only
 
-Decode: random weights (speed does not depend on them), one row, the engine alone: the mean time of a step whose cache
-holds the given number of tokens, by CUDA events. Concurrency: the whole runtime on the tiny reference model, greedy,
+Decode: random weights (speed does not depend on them), the engine alone: the mean time of a step whose cache holds the
+given number of tokens, by CUDA events; and of prefills, whole and after a cached prefix. Concurrency: the whole runtime on the tiny reference model, greedy,
 answers of equal length; throughput of all requests at once over that of the same requests one by one.
 """
 
@@ -43,37 +43,41 @@ class Decode:
     def __init__(self, directory: Path, rows: int) -> None:
         config = read_manifest(directory)
         self.engine: Any = backend(config.backend).load_decoder(directory, None)
-        self.rows, device, decoder = rows, self.engine.device, config.decoder
+        device, decoder = self.engine.device, config.decoder
         capacity = config.limits.max_kv_cache_capacity
         cache = KVCache(self.engine.inputs, rows, capacity, device)
         rope = RopeTable(decoder.rope, ("rope_rotary_cos_sin",), rows, capacity, device)
         dtype = self.engine.inputs["inputs_embeds"].dtype
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self.starts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.last = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self.inputs = {
             "inputs_embeds": torch.randn(rows, 1, decoder.hidden_size, device=device).to(dtype),
             "context_lengths": self.lengths,
             "kvcache_start_index": self.starts,
-            "last_token_ids": torch.zeros(rows, 1, dtype=torch.int64, device=device),
+            "last_token_ids": self.last,
             **rope.inputs(0, rows),
             **cache.inputs(0, rows),
         }
         logits = torch.empty(rows, 1, decoder.vocab_size, device=device)
         self.outputs = {"logits": logits, **cache.outputs(0, rows)}
 
-    def milliseconds(self, past: int, graphs: bool, steps: int) -> tuple[float, float]:
-        """Mean time of a step on the GPU, and the host's share of it (from call to return)."""
+    def milliseconds(self, new: int, past: int, graphs: bool, steps: int) -> tuple[float, float]:
+        """Mean time on the GPU of a step of `new` tokens per row, and the host's share of it (from call to return)."""
         self.engine.cuda_graphs = graphs
-        self.lengths.fill_(past + 1)
+        self.lengths.fill_(past + new)
         self.starts.fill_(past)
+        self.last.fill_(new - 1)
+        phase = "generation" if new == 1 else "prefill"
+        inputs = {**self.inputs, "inputs_embeds": self.inputs["inputs_embeds"].repeat(1, new, 1)}
         for _ in range(5):
-            self.engine.run("generation", self.inputs, self.outputs)
+            self.engine.run(phase, inputs, self.outputs)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         start = time.perf_counter()
         begin.record()
         for _ in range(steps):
-            self.engine.run("generation", self.inputs, self.outputs)
+            self.engine.run(phase, inputs, self.outputs)
         host = time.perf_counter() - start
         end.record()
         torch.cuda.synchronize()
@@ -92,16 +96,18 @@ def decode(work: Path, shape_name: str, pasts: Sequence[int], batches: Sequence[
     table = []
     for rows in batches:
         bench = Decode(engine, rows)
-        for past in pasts:
-            for graphs in (False, True):
-                device_ms, host_ms = bench.milliseconds(past, graphs, steps)
-                row = {"batch": rows, "past": past, "graphs": graphs, "ms": device_ms, "host_ms": host_ms}
-                table.append(row)
-                print(
-                    f"decode  batch {rows:3}  past {past:5}  {'graph' if graphs else 'eager'}  {device_ms:7.3f} ms/step"
-                    f"  {1000 * rows / device_ms:8.1f} tok/s  (host {host_ms:.3f} ms)",
-                    flush=True,
-                )
+        cases = [(1, past, graphs) for past in pasts for graphs in (False, True)]
+        if rows == 1:
+            cases += [(1000, 0, False), (16, 1000, False), (16, 1000, True)]
+        for new, past, graphs in cases:
+            device_ms, host_ms = bench.milliseconds(new, past, graphs, steps)
+            row = {"batch": rows, "new": new, "past": past, "graphs": graphs, "ms": device_ms, "host_ms": host_ms}
+            table.append(row)
+            print(
+                f"batch {rows:2}  new {new:4}  past {past:4}  {'graph' if graphs else 'eager'}  {device_ms:7.3f} ms  "
+                f"{1000 * rows * new / device_ms:9.1f} tok/s  (host {host_ms:.3f} ms)",
+                flush=True,
+            )
         bench.engine.close()
         del bench
     start = time.perf_counter()

@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def write(directory: Path, shape: Shape, max_positions: int, seed: int = 0, dtype: str = "float32") -> None:
-    """Write config.json, model.safetensors in `dtype`, tokenizer and generation config into `directory`, which exists."""
+    """Write config.json, model.safetensors in `dtype`, tokenizer and generation config into an existing directory."""
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

@@ -1,8 +1,10 @@
 """The PyTorch flow: the model definitions of `edgellm/models` on a GPU, or slowly on a CPU, without an ONNX step.
 
-On a GPU prefill runs kernel by kernel and a generation step is one CUDA graph, captured when a batch size comes up for
-the second time and replayed from then on. A graph reads and writes the caller's tensors where they were when it was
-captured, so a caller who keeps its tensors gets one graph per batch size; other addresses get a graph of their own.
+On a GPU a generation step is one CUDA graph, captured when a batch size comes up for the second time and replayed from
+then on. A graph reads and writes the caller's tensors where they were when it was captured, so a caller who keeps its
+tensors gets one graph per batch size; other addresses get a graph of their own. Prefill runs kernel by kernel, but a
+short one (a question after a cached prefix), whose time would be the host's, is padded to a fixed length and is a graph
+per slot of the KV cache.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from edgellm.models.layers import EdgeLLMForCausalLM, ExportSpec, VisualEncoder
 MAX_GRAPHS = 256
 """Captured steps that are kept; the least recently used one goes first."""
 
+SHORT_PREFILL = (16, 64)
+"""Prefills of up to so many tokens of one row are padded to this length and captured."""
+
 _PAST, _PRESENT = "past_key_values_", "present_key_values_"
 
 Tensors: TypeAlias = Mapping[str, torch.Tensor]
@@ -47,19 +52,54 @@ class TorchEngine:
         self.cuda_graphs = device.type == "cuda"
         self._forward = forward
         self._graphs = _Graphs(forward)
+        self._buffers: dict[Any, dict[str, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def run(self, phase: str, inputs: Tensors, outputs: Tensors) -> None:
         """See `Engine.run`."""
         with _reported(phase):
-            if phase == "generation" and self.cuda_graphs:
+            if not self.cuda_graphs or phase == "encode":
+                self._forward(inputs, outputs)
+            elif phase == "generation":
                 self._graphs.run(inputs, outputs)
             else:
-                self._forward(inputs, outputs)
+                self._prefill(inputs, outputs)
+
+    def _prefill(self, inputs: Tensors, outputs: Tensors) -> None:
+        rows, length, _ = inputs["inputs_embeds"].shape
+        if rows > 1 or length > SHORT_PREFILL[-1]:
+            self._forward(inputs, outputs)
+            return
+        padded = next(n for n in SHORT_PREFILL if length <= n)
+        copied = [name for name in inputs if self._is_of_one_step(name)]
+        logits = outputs["logits"]
+        key = (padded, logits.shape, *(inputs[name].shape[2:] for name in copied))
+        if key not in self._buffers:
+            buffers = {name: self._padded(name, inputs[name], padded) for name in copied}
+            self._buffers[key] = {**buffers, "logits": torch.empty_like(logits)}
+        buffers = self._buffers[key]
+        for name in copied:
+            target = buffers[name][:, :length] if "seq_len" in self.inputs[name].shape else buffers[name]
+            target.copy_(inputs[name])
+        self._graphs.run(
+            {**inputs, **{name: buffers[name] for name in copied}}, {**outputs, "logits": buffers["logits"]}
+        )
+        logits.copy_(buffers["logits"])
+
+    def _is_of_one_step(self, name: str) -> bool:
+        """Whether a caller makes the tensor anew for every prefill, unlike caches and tables."""
+        shape = self.inputs[name].shape
+        return shape[0] == "batch" and "kv_capacity" not in shape
+
+    def _padded(self, name: str, tensor: torch.Tensor, length: int) -> torch.Tensor:
+        if "seq_len" not in self.inputs[name].shape:
+            return torch.empty_like(tensor)
+        return tensor.new_zeros(tensor.shape[0], length, *tensor.shape[2:])
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._graphs.clear()
+        self._buffers.clear()
         self._forward = _closed
 
 

@@ -135,6 +135,28 @@ def test_a_graph_equals_its_eager_step_at_every_address(engine_of: Callable[[str
     engine.close()
 
 
+def test_short_prefills_are_padded_without_a_trace(engine_of: Callable[[str], Path]) -> None:
+    """Lengths around those that are padded to, up to the last slot of the cache, three times each: as captured too."""
+    directory = engine_of("torch-cuda-float32")
+    engine, config = backend("torch").load_decoder(directory, None), read_manifest(directory).decoder
+    torch.manual_seed(0)
+    for length, start in ((1, 0), (15, 3), (16, 24), (17, 0), (39, 1), (3, 37)):
+        inputs = {n: t.to(engine.device) for n, t in random_inputs(config, 1, length, [start]).items()}
+        inputs = {n: t for n, t in inputs.items() if n in engine.inputs}
+        caches = [KVCache(engine.inputs, 2, CAPACITY, engine.device) for _ in range(2)]
+        logits = [torch.empty(1, 1, config.vocab_size, device=engine.device) for _ in range(2)]
+        for cache, result, graphs, times in zip(caches, logits, (False, True), (1, 3), strict=True):
+            engine.cuda_graphs = graphs  # type: ignore[attr-defined]
+            for _ in range(times):
+                result.fill_(torch.nan)
+                fresh = {n: t.clone() if n != "rope_rotary_cos_sin" else t for n, t in inputs.items()}
+                engine.run("prefill", {**fresh, **cache.inputs(1, 1)}, {"logits": result, **cache.outputs(1, 1)})
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+        for name, tensor in caches[0].inputs(0, 2).items():
+            torch.testing.assert_close(caches[1].inputs(0, 2)[name], tensor, rtol=1e-4, atol=1e-4)
+    engine.close()
+
+
 def test_weights_are_the_checkpoints_own_files(tiny_vlm: Path, tmp_path: Path) -> None:
     source = tmp_path / "checkpoint"
     source.mkdir()
