@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgellm.config import BuildConfig
+from edgellm.config import BuildConfig, OnnxConfig
 from edgellm.errors import EdgeLLMError, RequestError
 
 
@@ -33,7 +33,7 @@ def export(options: argparse.Namespace) -> int:
     from edgellm.export.exporter import export as run_export
 
     start = time.perf_counter()
-    run_export(options.model, options.onnx_dir)
+    run_export(options.model, options.onnx_dir, max_lora_rank=options.max_lora_rank)
     print(f"exported {options.model} to {options.onnx_dir} in {time.perf_counter() - start:.1f} s")
     return 0
 
@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("export", help="Hugging Face checkpoint → ONNX directory")
     verb.add_argument("model", metavar="MODEL", type=Path, help="checkpoint directory")
     verb.add_argument("onnx_dir", metavar="ONNX_DIR", type=Path, help="directory to write")
+    rank = "take LoRA adapters of up to this rank, a batch's different ones together (default: %(default)s, none)"
+    verb.add_argument("--max-lora-rank", type=int, default=OnnxConfig.max_lora_rank, metavar="R", help=rank)
     verb.set_defaults(verb=export)
 
     verb = verbs.add_parser("build", help="ONNX directory → engine directory")
@@ -125,8 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     for field in dataclasses.fields(BuildConfig):
         flag = "--" + field.name.replace("_", "-")
-        unit = "requests" if field.name == "max_batch_size" else "tokens"
-        verb.add_argument(flag, type=int, default=field.default, metavar="N", help=f"{unit} (default: %(default)s)")
+        unit = {"max_batch_size": "requests", "max_lora_rank": "rank"}.get(field.name, "tokens")
+        default = "as exported" if field.default is None else "%(default)s"
+        verb.add_argument(flag, type=int, default=field.default, metavar="N", help=f"{unit} (default: {default})")
     verb.set_defaults(verb=build)
 
     verb = verbs.add_parser("run", help="answer a prompt, or a batch file")

@@ -63,19 +63,26 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """The limits an engine is built for; lengths in tokens, image sizes in tokens that the decoder sees."""
+    """The limits an engine is built for; lengths in tokens, image sizes in tokens that the decoder sees.
+
+    `max_lora_rank` bounds the ranks of a batch's different LoRA adapters together; None is what the ONNX graph was
+    exported for, and in an engine's manifest it is always a number, 0 for an engine without LoRA.
+    """
 
     max_batch_size: int = 4
     max_input_len: int = 1024
     max_kv_cache_capacity: int = 2048
     min_image_tokens: int = 4
     max_image_tokens: int = 1024
+    max_lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{field.name} is {value!r}; it must be a whole number of at least 1")
+            value, least = getattr(self, field.name), 0 if field.name == "max_lora_rank" else 1
+            if value is None and field.default is None:
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{field.name} is {value!r}; it must be a whole number of at least {least}")
         if self.max_input_len >= self.max_kv_cache_capacity:
             raise ConfigError(
                 f"max_input_len ({self.max_input_len}) must be below max_kv_cache_capacity "
@@ -92,7 +99,8 @@ class OnnxConfig:
     """`config.json` of an ONNX directory: what was exported.
 
     `dtype` is the weights' ("float32", "float16" or "bfloat16"). `vision` holds the image preprocessing of the family's
-    visual runner (`edgellm/vision/`), None for a text model.
+    visual runner (`edgellm/vision/`), None for a text model. `max_lora_rank` above 0 says that the decoder takes LoRA
+    weights, up to this rank in total.
     """
 
     schema_version: int
@@ -100,6 +108,7 @@ class OnnxConfig:
     dtype: str
     decoder: DecoderConfig
     vision: dict[str, Any] | None
+    max_lora_rank: int = 0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,10 @@ class EngineError(EdgeLLMError):
     """An engine failed while running."""
 
 
+class LoraError(EdgeLLMError):
+    """A LoRA adapter cannot be used: files, features, shapes or rank."""
+
+
 class RequestError(EdgeLLMError):
     """A request cannot be accepted: bad prompt, image or sampling parameters."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -31,6 +32,13 @@ _TYPES: dict[str, tuple[torch.dtype, Any]] = {
 }
 
 
+class _Bound(NamedTuple):
+    """What a name is bound to: most of hundreds of LoRA inputs are the very tensor of the last step."""
+
+    tensor: weakref.ref[torch.Tensor]
+    address: tuple[int, torch.Size]
+
+
 class OnnxRuntimeEngine:
     """One session. A tensor is bound again only when its address or shape has changed since the phase last ran."""
 
@@ -49,7 +57,7 @@ class OnnxRuntimeEngine:
         self.outputs = {x.name: _spec(x) for x in self._session.get_outputs()}
         self.device = torch.device("cpu")
         self._element = {x.name: _TYPES[x.type][1] for x in (*self._session.get_inputs(), *self._session.get_outputs())}
-        self._bindings: dict[str, tuple[Any, dict[str, tuple[int, torch.Size]]]] = {}
+        self._bindings: dict[str, tuple[Any, dict[str, _Bound]]] = {}
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         """See `Engine.run`."""
@@ -58,10 +66,13 @@ class OnnxRuntimeEngine:
         binding, bound = self._bindings[phase]
         for bind, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, tensor in tensors.items():
-                key = (tensor.data_ptr(), tensor.shape)
-                if bound.get(name) != key:
+                last = bound.get(name)
+                if last is not None and last.tensor() is tensor:
+                    continue
+                address = (tensor.data_ptr(), tensor.shape)
+                if last is None or last.address != address:
                     bind(name, "cpu", 0, self._element[name], tuple(tensor.shape), tensor.data_ptr())
-                    bound[name] = key
+                bound[name] = _Bound(weakref.ref(tensor), address)
         try:
             self._session.run_with_iobinding(binding)
         except _ERRORS as e:

@@ -25,12 +25,15 @@ EMBEDDING = "embedding.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def export(checkpoint_dir: str | Path, onnx_dir: str | Path) -> None:
+def export(checkpoint_dir: str | Path, onnx_dir: str | Path, *, max_lora_rank: int = 0) -> None:
     """Write the ONNX directory of a checkpoint; it appears whole or not at all.
 
-    Weights keep the checkpoint's dtype and are read from its mapped files while they are written.
+    Weights keep the checkpoint's dtype and are read from its mapped files while they are written. With `max_lora_rank`
+    above 0 every linear layer of the decoder takes LoRA weights as inputs, up to this rank in total of a batch.
     Raises CheckpointError, ExportError or ConfigError, each one line.
     """
+    if max_lora_rank < 0:
+        raise ExportError(f"max_lora_rank is {max_lora_rank}; it must be a whole number of at least 0 (no LoRA)")
     checkpoint = Checkpoint(checkpoint_dir)
     family = family_of(checkpoint)
     if not (checkpoint.directory / "tokenizer.json").exists():
@@ -45,9 +48,12 @@ def export(checkpoint_dir: str | Path, onnx_dir: str | Path) -> None:
     names = {v: k for k, v in DTYPES.items()}
     if dtype not in names:
         raise ExportError(f"{checkpoint.directory}: weights are {dtype}; supported are {', '.join(DTYPES)}")
-    manifest = OnnxConfig(ONNX_SCHEMA_VERSION, checkpoint.model_type, names[dtype], decoder.config, vision)
+    manifest = OnnxConfig(
+        ONNX_SCHEMA_VERSION, checkpoint.model_type, names[dtype], decoder.config, vision, max_lora_rank
+    )
     with whole_directory(Path(onnx_dir)) as out:
-        modules: dict[str, tuple[nn.Module, ExportSpec]] = {"model.onnx": (decoder, decoder.export_spec())}
+        spec = decoder.export_spec(lora=max_lora_rank > 0)
+        modules: dict[str, tuple[nn.Module, ExportSpec]] = {"model.onnx": (decoder, spec)}
         if visual is not None:
             modules["visual/model.onnx"] = (visual, visual.export_spec())
             (out / "visual").mkdir()

@@ -116,8 +116,14 @@ def _schema(op: Op) -> onnx.defs.OpSchema:
 
 
 def _name_dimensions(model: ir.Model, spec: ExportSpec) -> None:
-    """Give the tracer's symbols (s0, s18, …) the names of the dimensions they stand for, in every shape."""
+    """Give the tracer's symbols (s0, s18, …) the names of the dimensions they stand for, in every shape.
+
+    Inputs from a dictionary get its keys for names: the tracer makes identifiers of them.
+    """
     dims = [d for name in spec.inputs for d in _flat(spec.dynamic_shapes[name])]
+    keys = [k for name in spec.inputs for k in _keys(spec.dynamic_shapes[name])]
+    for value, key in zip(model.graph.inputs, keys, strict=True):
+        value.name = key or value.name
     names = {
         str(value.shape[axis]): dim.__name__
         for value, axes in zip(model.graph.inputs, dims, strict=True)
@@ -135,7 +141,19 @@ def _name_dimensions(model: ir.Model, spec: ExportSpec) -> None:
 
 
 def _flat(shapes: Any) -> list[dict[int, Any]]:
-    return list(shapes) if isinstance(shapes, list) else [shapes]
+    """One entry per tensor of an input: it may be a list of tensors, or a dictionary of tensors by name."""
+    if isinstance(shapes, list):
+        return shapes
+    return list(shapes.values()) if _is_named(shapes) else [shapes]
+
+
+def _keys(shapes: Any) -> list[str | None]:
+    """The names that an input's tensors bring, as `_flat` orders them; None for those that bring none."""
+    return list(shapes) if _is_named(shapes) else [None] * len(_flat(shapes))
+
+
+def _is_named(shapes: Any) -> bool:
+    return isinstance(shapes, dict) and any(isinstance(key, str) for key in shapes)
 
 
 def _transpose_weights(model: ir.Model) -> None:

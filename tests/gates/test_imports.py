@@ -41,7 +41,7 @@ FORBIDDEN = {
 ALLOWED = {
     "edgellm.runtime": (
         "edgellm.runtime", "edgellm.engines", "edgellm.engine_dir", "edgellm.vision",
-        "edgellm.config", "edgellm.errors", "edgellm.files", "edgellm.progress",
+        "edgellm.config", "edgellm.errors", "edgellm.files", "edgellm.lora", "edgellm.progress",
     ),
 }  # fmt: skip
 # The one backend that runs a model definition itself.
