@@ -44,6 +44,19 @@ def tiny_engine(tiny_onnx: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lora_engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The onnxruntime engine directory of the tiny reference model, built for LoRA adapters of 32 ranks in total."""
+    from edgellm.build.builder import build
+    from edgellm.config import BuildConfig
+    from edgellm.export.exporter import export
+
+    root = tmp_path_factory.mktemp("lora")
+    export(TINY_VLM, root / "onnx", max_lora_rank=32)
+    build(root / "onnx", root / "engine", "onnxruntime", BuildConfig())
+    return root / "engine"
+
+
+@pytest.fixture(scope="session")
 def random_vlm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A Qwen3-VL model of transformers with random weights in fp32 (other sizes than tiny_vlm), and its checkpoint."""
     import torch

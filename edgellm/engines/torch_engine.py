@@ -20,7 +20,9 @@ import torch
 
 from edgellm.checkpoint import Checkpoint
 from edgellm.engine_dir import CHECKPOINT, EngineConfig, read_manifest
+from edgellm.engines import static_lora
 from edgellm.engines.base import TensorSpec
+from edgellm.engines.static_lora import StaticLora
 from edgellm.errors import EngineDirError, EngineError
 from edgellm.models import registry
 from edgellm.models.layers import EdgeLLMForCausalLM, ExportSpec, VisualEncoder
@@ -45,30 +47,35 @@ class TorchEngine:
         inputs: Mapping[str, TensorSpec],
         outputs: Mapping[str, TensorSpec],
         forward: Callable[[Tensors, Tensors], None],
+        lora: StaticLora | None = None,
     ) -> None:
         self.device = device
         self.inputs = inputs
         self.outputs = outputs
         self.cuda_graphs = device.type == "cuda"
         self._forward = forward
+        self._lora = lora
         self._graphs = _Graphs(forward)
         self._buffers: dict[Any, dict[str, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def run(self, phase: str, inputs: Tensors, outputs: Tensors) -> None:
         """See `Engine.run`."""
+        inputs, lora = static_lora.split(inputs)
         with _reported(phase):
+            if lora and self._lora is not None and self.cuda_graphs:
+                lora = self._lora.place(lora)
             if not self.cuda_graphs or phase == "encode":
-                self._forward(inputs, outputs)
+                self._forward({**inputs, **lora}, outputs)
             elif phase == "generation":
-                self._graphs.run(inputs, outputs)
+                self._graphs.run(inputs, outputs, lora)
             else:
-                self._prefill(inputs, outputs)
+                self._prefill(inputs, outputs, lora)
 
-    def _prefill(self, inputs: Tensors, outputs: Tensors) -> None:
+    def _prefill(self, inputs: Tensors, outputs: Tensors, lora: Tensors) -> None:
         rows, length, _ = inputs["inputs_embeds"].shape
         if rows > 1 or length > SHORT_PREFILL[-1]:
-            self._forward(inputs, outputs)
+            self._forward({**inputs, **lora}, outputs)
             return
         padded = next(n for n in SHORT_PREFILL if length <= n)
         copied = [name for name in inputs if self._is_of_one_step(name)]
@@ -82,7 +89,7 @@ class TorchEngine:
             target = buffers[name][:, :length] if "seq_len" in self.inputs[name].shape else buffers[name]
             target.copy_(inputs[name])
         self._graphs.run(
-            {**inputs, **{name: buffers[name] for name in copied}}, {**outputs, "logits": buffers["logits"]}
+            {**inputs, **{name: buffers[name] for name in copied}}, {**outputs, "logits": buffers["logits"]}, lora
         )
         logits.copy_(buffers["logits"])
 
@@ -108,13 +115,16 @@ def load_decoder(directory: Path, num_threads: int | None) -> TorchEngine:
     config, device, dtype = _placement(directory, num_threads)
     with _reported("loading"):
         module = registry.load_decoder(Checkpoint(directory / CHECKPOINT)).to(device, dtype)
-    spec = module.export_spec()
+    limits = config.limits
+    max_rank = limits.max_lora_rank or 0
+    spec = module.export_spec(lora=max_rank > 0)
     inputs = _input_specs(spec)
     outputs = {
         "logits": TensorSpec(("batch", "num_selected", config.decoder.vocab_size), torch.float32),
         **{_present(name): spec for name, spec in inputs.items() if name.startswith(_PAST)},
     }
-    return TorchEngine(device, inputs, outputs, _decoder_forward(module, spec))
+    lora = StaticLora(inputs, max_rank, limits.max_batch_size, device) if max_rank and device.type == "cuda" else None
+    return TorchEngine(device, inputs, outputs, _decoder_forward(module, spec), lora)
 
 
 def load_visual(directory: Path, num_threads: int | None) -> TorchEngine:
@@ -176,21 +186,28 @@ def _cache(inputs: Tensors, outputs: Tensors, past: str) -> torch.Tensor:
 
 
 def _arguments(inputs: Tensors, spec: ExportSpec) -> dict[str, Any]:
-    """The module's keyword arguments: a list argument `x` is made of the inputs x_0, x_1, …"""
-    return {
-        name: [inputs[f"{name}_{i}"] for i in range(len(example))] if isinstance(example, list) else inputs[name]
-        for name, example in spec.inputs.items()
-    }
+    """The module's keyword arguments; those of LoRA only when they are among the inputs."""
+    arguments: dict[str, Any] = {}
+    for name, example in spec.inputs.items():
+        if isinstance(example, list):
+            arguments[name] = [inputs[f"{name}_{i}"] for i in range(len(example))]
+        elif isinstance(example, dict):
+            arguments[name] = {key: inputs[key] for key in example if key in inputs}
+        elif name in inputs or name != static_lora.RANK_MASK:
+            arguments[name] = inputs[name]
+    return arguments
 
 
 def _input_specs(spec: ExportSpec) -> dict[str, TensorSpec]:
-    """The engine's inputs from how the module is traced."""
+    """The engine's inputs from how the module is traced: a list x is the inputs x_0, x_1, …, a dictionary its keys."""
     specs = {}
     for name, example in spec.inputs.items():
         dynamic = spec.dynamic_shapes[name]
         items = [(name, example, dynamic)]
         if isinstance(example, list):
             items = [(f"{name}_{i}", x, d) for i, (x, d) in enumerate(zip(example, dynamic, strict=True))]
+        elif isinstance(example, dict):
+            items = [(key, x, dynamic[key]) for key, x in example.items()]
         for key, tensor, dims in items:
             shape = tuple(dims[axis].__name__ if axis in dims else size for axis, size in enumerate(tensor.shape))
             specs[key] = TensorSpec(shape, tensor.dtype)
@@ -213,19 +230,22 @@ class _Graphs:
         self._captured: OrderedDict[Any, _Captured | None] = OrderedDict()
         self._pool: Any = None
 
-    def run(self, inputs: Tensors, outputs: Tensors) -> None:
-        """Replay the step; the first time it runs as it is, which also loads what its kernels need."""
+    def run(self, inputs: Tensors, outputs: Tensors, lora: Tensors) -> None:
+        """Replay the step; the first time it runs as it is, which also loads what its kernels need.
+
+        The tensors of `lora`, if any, are always the same.
+        """
         tensors = (*inputs.values(), *outputs.values())
-        key = tuple([(t.data_ptr(), t.shape) for t in tensors])
+        key = bool(lora), *[(t.data_ptr(), t.shape) for t in tensors]
         if key not in self._captured:
-            self._forward(inputs, outputs)
+            self._forward({**inputs, **lora}, outputs)
             self._captured[key] = None
             if len(self._captured) > MAX_GRAPHS:
                 self._captured.popitem(last=False)
             return
         captured = self._captured[key]
         if captured is None:
-            captured = self._captured[key] = _Captured(self._capture(inputs, outputs), tensors)
+            captured = self._captured[key] = _Captured(self._capture({**inputs, **lora}, outputs), tensors)
         self._captured.move_to_end(key)
         captured.graph.replay()
 

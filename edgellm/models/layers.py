@@ -83,7 +83,11 @@ class LoraInputs:
         if self.rank_mask is None:
             return y_BSM
         a_KR, b_RM = (self.weights[name] for name in lora_input_names(self.prefix + linear))
-        return y_BSM + ((x_BSK @ a_KR) * self.rank_mask[:, None]) @ b_RM
+        h_BSR = (x_BSK @ a_KR) * self.rank_mask[:, None]
+        if torch.compiler.is_exporting():
+            return y_BSM + h_BSR @ b_RM
+        # product and sum in one kernel, which an exported graph would need reshapes for
+        return torch.addmm(y_BSM.flatten(0, 1), h_BSR.flatten(0, 1), b_RM).view_as(y_BSM)
 
 
 NO_LORA = LoraInputs()
